@@ -1,0 +1,32 @@
+"""Lipschitz constraints, training and certificates for Hugging Face models."""
+
+from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, certified_accuracy
+from hf_lipschitz.configuration import LipschitzConfig, SmoothingConfig
+from hf_lipschitz.conversion import lipschitzify, materialized, merge
+from hf_lipschitz.integrations.registration import register
+from hf_lipschitz.methods import register_method
+from hf_lipschitz.pipelines import CertifiedClassificationPipeline
+from hf_lipschitz.report import LipschitzReport, inspect  # noqa: F401  not in __all__: the name of a stdlib module
+from hf_lipschitz.version import __version__
+
+
+__all__ = [
+    # constrain
+    "LipschitzConfig",
+    "LipschitzReport",
+    "lipschitzify",
+    "materialized",
+    "merge",
+    "register_method",
+    # certify
+    "ABSTAIN",
+    "Certificate",
+    "CertifiedClassificationPipeline",
+    "SmoothedClassifier",
+    "SmoothingConfig",
+    "certified_accuracy",
+    # package
+    "__version__",
+]
+
+register()

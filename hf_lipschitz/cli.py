@@ -1,0 +1,196 @@
+"""The command line: hf-lipschitz demo | inspect | certify | merge | report."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+
+app = typer.Typer(
+    help="Lipschitz constraints, training and certificates for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub id or local directory of a model.")]
+
+
+class ActName(StrEnum):
+    """Acts of the demo."""
+
+    text = "text"
+    vision = "vision"
+    both = "both"
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        errors.print(f"[red]error:[/red] {' '.join(str(error).split())}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@app.callback()
+def _setup(verbose: Annotated[bool, typer.Option("--verbose", help="Log what the libraries do.")] = False) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    if not verbose:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+@app.command()
+def demo(
+    act: Annotated[
+        ActName, typer.Option(help="Which act; with --model or --dataset it follows from them.")
+    ] = ActName.both,
+    model: Annotated[str | None, typer.Option(help="Hub id or directory, in the place of the act's model.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id or directory, in the place of the act's data.")] = None,
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("hf_lipschitz_demo"),
+    max_steps: Annotated[int, typer.Option(help="Training steps; -1 keeps the act's epochs.")] = -1,
+    certify: Annotated[int | None, typer.Option(help="How many held-out inputs to certify.")] = None,
+    seed: int = 0,
+) -> None:
+    """Constrains a model, trains it, saves and reloads it and certifies held-out inputs, on real text and images."""
+    import dataclasses
+
+    from hf_lipschitz.demo import run_act, text_act, vision_act
+    from hf_lipschitz.demo.data import load, mnist, tweets
+    from hf_lipschitz.demo.models import modality_of
+
+    with _one_line_errors():
+        data = None if dataset is None else load(dataset)
+        modality = data.modality if data is not None else None if model is None else modality_of(model)
+        chosen = (
+            [modality] if modality else ["text", "image"] if act == "both" else [{"vision": "image"}.get(act, act)]
+        )
+        if model is not None and data is not None and modality_of(model) != modality:
+            raise ValueError(
+                f"{model} takes {modality_of(model)}s and {dataset} holds {modality}s; choose a pair that fits"
+            )
+        steps = {} if max_steps < 0 else {"max_steps": max_steps}
+        for name in chosen:
+            build, default = (vision_act, mnist) if name == "image" else (text_act, tweets)
+            plan = build(data or default(), model, **steps)
+            if certify is not None:
+                plan = dataclasses.replace(plan, certify=certify)
+            run_act(plan, output, console, command=shlex.join(["hf-lipschitz", *sys.argv[1:]]), seed=seed)
+
+
+@app.command(name="inspect")
+def inspect_command(model: Model) -> None:
+    """Prints the norm of every weight layer of a classifier or encoder, and what no layer's bound covers."""
+    with _one_line_errors():
+        from hf_lipschitz import inspect
+
+        console.print(inspect(_load(model)))
+
+
+@app.command()
+def merge(model: Model, output: Annotated[Path, typer.Argument(help="Directory of the plain model.")]) -> None:
+    """Writes a plain copy of a constrained model, which loads without this library."""
+    with _one_line_errors():
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        import hf_lipschitz
+
+        plain = hf_lipschitz.merge(_load(model))
+        plain.save_pretrained(output)
+        for auto in (AutoTokenizer, AutoImageProcessor):
+            try:
+                auto.from_pretrained(model).save_pretrained(output)
+            except (OSError, ValueError):
+                continue
+        console.print(f"plain {type(plain).__name__} written to {output}")
+
+
+@app.command()
+def certify(
+    model: Model,
+    dataset: Annotated[str, typer.Argument(help="Hub id or local directory of labelled texts or images.")],
+    sigma: Annotated[float, typer.Option(help="Noise, in the unit of the input: pixels in [0, 1], or embeddings.")],
+    output: Annotated[Path, typer.Option(help="JSON lines file; an interrupted run goes on where it was.")] = Path(
+        "results.jsonl"
+    ),
+    n0: Annotated[int, typer.Option(help="Samples that choose the class.")] = 100,
+    n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 10_000,
+    alpha: Annotated[float, typer.Option(help="Probability that one certificate is wrong.")] = 1e-3,
+    certificate: Annotated[str, typer.Option(help="two_class, one_class or lvm.")] = "two_class",
+    batch_size: Annotated[int, typer.Option(help="Noisy copies a forward pass.")] = 500,
+    limit: Annotated[int | None, typer.Option(help="Certify the first so many held-out inputs.")] = None,
+    seed: int = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Certifies the held-out split of a data set and prints the certified accuracy."""
+    with _one_line_errors():
+        from transformers import pipeline
+
+        from hf_lipschitz import SmoothingConfig
+        from hf_lipschitz.dataset_certification import certify_dataset
+        from hf_lipschitz.demo.data import load
+        from hf_lipschitz.summary import summarize
+
+        config = SmoothingConfig(
+            sigma=sigma, n0=n0, n=n, alpha=alpha, certificate=certificate, batch_size=batch_size, seed=seed
+        )
+        data = load(dataset)
+        certifier = pipeline("certified-classification", model=model, smoothing=config, device=device)
+        held_out = data.test if limit is None else data.test.select(range(min(limit, len(data.test))))
+        labels = [int(label) for label in held_out["labels"]]
+        certificates = certify_dataset(certifier, list(held_out["input"]), labels, output, details={"data": data.name})
+        console.print(summarize(certificates, labels))
+        console.print(f"written to {output}")
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A results.jsonl.")],
+    curve: Annotated[Path | None, typer.Option(help="Image of the certified-accuracy curve to write.")] = None,
+) -> None:
+    """Prints the certified accuracy of a results file, and draws its curve."""
+    with _one_line_errors():
+        from hf_lipschitz.certification import read_results
+        from hf_lipschitz.plots import certified_accuracy_curve
+        from hf_lipschitz.summary import summarize
+
+        found = read_results(results)
+        if not found.certificates:
+            raise ValueError(f"{results} holds no certificate yet; run hf-lipschitz certify to the end")
+        labels = found.config["labels"][: len(found.certificates)]
+        console.print(summarize(found.certificates, labels))
+        if curve is not None:
+            certified_accuracy_curve(found.certificates, labels, curve)
+            console.print(f"curve written to {curve}")
+
+
+def _load(model: str):  # noqa: ANN202  one of transformers' many classes
+    import transformers
+    from transformers import AutoConfig, AutoModel
+
+    import hf_lipschitz  # noqa: F401  registers the loading hook
+
+    architectures = AutoConfig.from_pretrained(model).architectures or []
+    auto = getattr(transformers, architectures[0], AutoModel) if architectures else AutoModel
+    return auto.from_pretrained(model)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,241 @@
+"""Configurations: plain data, validated, with an exact JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_lipschitz.functional.simplex import SIMPLEX_MAPS
+from hf_lipschitz.version import __version__
+
+
+CONFIG_NAME = "lipschitz_config.json"
+MODES = ("cap", "exact")
+
+# Filled further by `hf_lipschitz.certification.procedures.register_certificate`, which imports this module.
+CERTIFICATES: list[str] = ["two_class", "one_class", "lvm"]
+
+# Between these, sigma and every sample of the noise are normal float32 numbers.
+SIGMA_MIN, SIGMA_MAX = 2.0**-100, 2.0**120
+
+
+@dataclass(frozen=True)
+class LipschitzConfig:
+    """
+    How `lipschitzify` constrains a model. It is saved in the model's `config.json`, under `quantization_config`: that
+    is the key under which transformers lets a library take part in `from_pretrained`; nothing is quantized.
+
+    Args:
+        method (`str`, *optional*, defaults to `"gram"`):
+            `"gram"` (Gram iteration, Delattre et al. 2023) or a method registered with `register_method`.
+        layer_lipschitz (`float`, *optional*, defaults to `1.0`):
+            The constant of EACH layer, an upper bound of its spectral norm. `None` keeps each layer's present norm, so
+            that the function is unchanged; `LipschitzTrainer` anneals from there.
+        mode (`str`, *optional*, defaults to `"cap"`):
+            `"cap"` leaves layers under the constant untouched, `"exact"` scales every layer to it.
+        target_modules (`str` or `list[str]`, *optional*):
+            Layers to constrain, with PEFT's semantics: a list matches whole names or name endings, a string is a
+            regular expression for the whole name, `"all-linear"` means every Linear and Conv1D but the output
+            embeddings. `None` means every supported layer.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Layers to leave alone, with the same semantics.
+        refresh_every (`int`, *optional*, defaults to `1`):
+            Optimizer steps between two computations of the norms. A longer period is sound all the same: layers are
+            scaled down by the distance their weights have moved since.
+        rtol (`float`, *optional*, defaults to `1e-3`):
+            Relative width of the brackets of the norms.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether a Linear or convolution that is asked for and cannot be constrained is an error, not a line in the
+            report.
+        version (`str`, *optional*):
+            Of the library that made the configuration.
+
+    Raises:
+        `TypeError`, `ValueError`: a field has a wrong type or value; the message names the field and the fix.
+    """
+
+    method: str = "gram"
+    layer_lipschitz: float | None = 1.0
+    mode: str = "cap"
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    refresh_every: int = 1
+    rtol: float = 1e-3
+    strict: bool = False
+    version: str = __version__
+
+    quant_method = "lipschitz"
+
+    def __post_init__(self) -> None:
+        if self.layer_lipschitz is not None:
+            object.__setattr__(self, "layer_lipschitz", _real("layer_lipschitz", self.layer_lipschitz))
+            if not 0 < self.layer_lipschitz < math.inf:
+                raise ValueError(f"layer_lipschitz must be positive and finite, or None, got {self.layer_lipschitz}.")
+        _check_name("mode", self.mode, MODES)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, _names(name, value))
+        _check_int("refresh_every", self.refresh_every)
+        if self.refresh_every < 1:
+            raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}.")
+        object.__setattr__(self, "rtol", _real("rtol", self.rtol))
+        if not 0 < self.rtol < 1:
+            raise ValueError(f"rtol must be in (0, 1), got {self.rtol}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields, with the `quant_method` by which transformers finds the loading hook."""
+        values = dataclasses.asdict(self)
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return {"quant_method": self.quant_method, **values, **lists}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LipschitzConfig:
+        """
+        Inverse of `to_dict`.
+
+        Raises:
+            `ValueError`: a key is not a field.
+        """
+        values = {name: value for name, value in values.items() if name != "quant_method"}
+        _check_fields(cls, values)
+        return cls(**values)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes `lipschitz_config.json` into `save_directory`, which is made if need be."""
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, CONFIG_NAME), "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=2, sort_keys=True)
+            file.write("\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> LipschitzConfig:
+        """
+        Reads `lipschitz_config.json`, or the configuration of a saved model, from a local directory.
+
+        Raises:
+            `ValueError`: the directory holds neither.
+        """
+        for name in (CONFIG_NAME, "config.json"):
+            path = os.path.join(directory, name)
+            if os.path.isfile(path):
+                with open(path, encoding="utf-8") as file:
+                    values = json.load(file)
+                values = values.get("quantization_config") if name == "config.json" else values
+                if values is not None:
+                    return cls.from_dict(values)
+        raise ValueError(f"{directory} holds no {CONFIG_NAME} and no config.json of a lipschitzified model.")
+
+
+@dataclass(frozen=True)
+class SmoothingConfig:
+    r"""
+    How a classifier is smoothed and certified. Everything in it is fixed before the input is seen: choosing any of it
+    per input certifies two classes on overlapping balls.
+
+    Args:
+        sigma (`float`):
+            Standard deviation of the Gaussian noise, in the unit of the input that is certified.
+        n0 (`int`, *optional*, defaults to `100`):
+            Samples that choose the class. They are used for nothing else.
+        n (`int`, *optional*, defaults to `10_000`):
+            Samples that bound its probability.
+        alpha (`float`, *optional*, defaults to `1e-3`):
+            One-sided probability, at most 0.5, that a certificate is wrong.
+        batch_size (`int`, *optional*, defaults to `500`):
+            Samples a forward pass, rounded up to whole noise blocks. It does not change the noise.
+        seed (`int`, *optional*, defaults to `0`):
+            Any integer; the noise is a function of (seed, example index, stage, block).
+        certificate (`str`, *optional*, defaults to `"two_class"`):
+            `"two_class"`, `"one_class"` (Cohen et al. 2019), `"lvm"` (Delattre et al. 2024) or a registered name.
+        simplex_map (`str`, *optional*, defaults to `"softmax"`):
+            Map from logits to scores, used by certificates on scores: `"softmax"`, `"sparsemax"` or a registered name.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divisor of the logits before the simplex map.
+
+    Raises:
+        `TypeError`, `ValueError`: a field has a wrong type or value; the message names the field and the fix.
+    """
+
+    sigma: float
+    n0: int = 100
+    n: int = 10_000
+    alpha: float = 1e-3
+    batch_size: int = 500
+    seed: int = 0
+    certificate: str = "two_class"
+    simplex_map: str = "softmax"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("sigma", "alpha", "temperature"):
+            object.__setattr__(self, name, _real(name, getattr(self, name)))
+        for name in ("n0", "n", "batch_size", "seed"):
+            _check_int(name, getattr(self, name))
+        for name in ("n0", "n", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not (SIGMA_MIN <= self.sigma <= SIGMA_MAX):
+            raise ValueError(
+                f"sigma must be positive and representable in float32 ({SIGMA_MIN} to {SIGMA_MAX}), got {self.sigma}."
+            )
+        if not (0 < self.alpha <= 0.5):
+            raise ValueError(
+                f"alpha must be in (0, 0.5], got {self.alpha}: it is the probability of a wrong certificate, and "
+                "alpha > 0.5 is refused."
+            )
+        if not (0 < self.temperature < math.inf):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}.")
+        _check_name("certificate", self.certificate, CERTIFICATES)
+        _check_name("simplex_map", self.simplex_map, SIMPLEX_MAPS)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SmoothingConfig:
+        """
+        Inverse of `to_dict`.
+
+        Raises:
+            `ValueError`: a key is not a field, or `sigma` is missing.
+        """
+        _check_fields(cls, values)
+        if "sigma" not in values:
+            raise ValueError("SmoothingConfig needs sigma, the standard deviation of the noise.")
+        return cls(**values)
+
+
+def _check_fields(cls: type, values: dict[str, Any]) -> None:
+    fields = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}.")
+
+
+def _names(field: str, value: Any) -> tuple[str, ...]:
+    names = tuple(value)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field} must be a string or a non-empty list of strings, got {value!r}.")
+    return names
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r}.")
+    return float(value)
+
+
+def _check_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+
+
+def _check_name(field: str, value: Any, known: Iterable[str]) -> None:
+    if value not in list(known):
+        raise ValueError(f"Unknown {field} {value!r}; known: {', '.join(known)}.")

@@ -1,0 +1,30 @@
+"""Checks on weights that every bound makes before it computes anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_weight(w: Tensor, what: str = "weight") -> None:
+    """Raises unless `w` is a non-empty, finite, floating-point or complex tensor.
+
+    Raises:
+        TypeError: `w` is not a tensor, or holds integers or booleans.
+        ValueError: `w` is empty or holds NaN or inf.
+    """
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{what} must be a torch.Tensor, got {type(w).__name__}")
+    if not (w.is_floating_point() or w.is_complex()):
+        raise TypeError(f"{what} has dtype {w.dtype}; convert it to a floating-point dtype first, e.g. w.float()")
+    if w.numel() == 0:
+        raise ValueError(f"{what} of shape {tuple(w.shape)} is empty and has no norm")
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError(f"{what} holds NaN or inf; repair or reload it before asking for its norm")
+
+
+def check_matrix(w: Tensor, what: str = "w") -> None:
+    """[`check_weight`], and at least two axes."""
+    check_weight(w, what)
+    if w.dim() < 2:
+        raise ValueError(f"{what} must have shape (..., m, n), got {tuple(w.shape)}; reshape a vector to (1, n)")

@@ -1,0 +1,49 @@
+"""The operator norm of a stored weight, dense or convolutional, and its leading direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_lipschitz.functional.checks import check_weight
+from hf_lipschitz.functional.conv import ConvGeometry, conv_bound_and_direction, geometry_bound
+from hf_lipschitz.functional.gram import gram_bracket, spectral_norm_bound
+
+
+def weight_norm_bound(
+    weight: Tensor, geometry: ConvGeometry | None, rtol: float = 1e-3, *, certified: bool = False
+) -> Tensor:
+    """Sound bound of the spectral norm of the operator that a layer makes of its weight.
+
+    Args:
+        weight (`Tensor`):
+            A matrix, stored either way round, or a convolution kernel.
+        geometry (`ConvGeometry`, *optional*):
+            `None` for a matrix.
+        rtol (`float`, *optional*, defaults to `1e-3`):
+            Asked relative width of the Gram bracket.
+        certified (`bool`, *optional*, defaults to `False`):
+            Computes in float64 with the rounding bounded by analysis.
+
+    Returns:
+        `Tensor`: 0-dim float64.
+    """
+    check_weight(weight)
+    if geometry is None:
+        return spectral_norm_bound(weight, rtol, certified=certified)[1]
+    return geometry_bound(weight, geometry, rtol, certified=certified)
+
+
+def weight_norm_and_direction(
+    weight: Tensor, geometry: ConvGeometry | None, rtol: float = 1e-3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bound, and vectors u, v such that u vᵀ, in the shape of the weight, estimates its gradient.
+
+    For a matrix (u, v) is the leading singular pair; for a kernel u = (1) and v is the whole gradient, flattened.
+    """
+    check_weight(weight)
+    if geometry is None:
+        bracket = gram_bracket(weight, rtol)
+        return bracket.upper, bracket.left, bracket.right
+    bound, direction = conv_bound_and_direction(weight, geometry, rtol)
+    return bound, torch.ones_like(direction.flatten()[:1]), direction.flatten()

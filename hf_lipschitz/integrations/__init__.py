@@ -1,0 +1,1 @@
+"""Every place that knows transformers, peft or accelerate from the inside."""

@@ -1,0 +1,44 @@
+"""Sharing the inputs of a certification over the processes of an `accelerate` launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from hf_lipschitz.certification import Certificate
+
+
+def certify_in_shares(
+    certify: Callable[[int], Certificate], count: int, accelerator: Accelerator
+) -> list[Certificate]:
+    """Certificates of positions 0 to `count` - 1, in order, on every process; each process does every w-th of them.
+
+    An error in one process is raised in all of them, so that none waits for ever.
+
+    Args:
+        certify (`Callable[[int], Certificate]`):
+            Must depend on the position alone.
+        count (`int`):
+            Number of inputs, the same on every process.
+        accelerator (`accelerate.Accelerator`):
+            Says how many processes there are, and which one this is.
+
+    Raises:
+        RuntimeError: a process failed; the message is that of the first failure.
+    """
+    mine: list[tuple[int, Certificate]] = []
+    failure: Exception | None = None
+    try:
+        for position in range(accelerator.process_index, count, accelerator.num_processes):
+            mine.append((position, certify(position)))
+    except Exception as error:  # noqa: BLE001  every failure has to reach the other processes
+        failure = error
+    failures = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
+    if failure is not None:
+        raise failure
+    for process, message in enumerate(failures):
+        if message is not None:
+            raise RuntimeError(f"process {process} failed to certify its share: {message}")
+    return [certificate for _, certificate in sorted(gather_object(mine), key=lambda pair: pair[0])]

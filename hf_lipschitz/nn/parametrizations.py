@@ -1,0 +1,230 @@
+"""The parametrization that keeps a layer's weight inside a ball of the spectral norm."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hf_lipschitz.functional.checks import check_weight
+from hf_lipschitz.functional.conv import ConvGeometry
+from hf_lipschitz.functional.weights import weight_norm_and_direction
+
+
+# Covers the scalar operations between a bound and the weight it rescales, each good to one unit of its dtype.
+SCALAR_ALLOWANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+class Reference(NamedTuple):
+    """A weight, a bound of its norm once it is stored in its own dtype, and the direction in which the norm grows."""
+
+    weight: Tensor
+    bound: Tensor
+    left: Tensor
+    right: Tensor
+
+
+class GramParametrization(nn.Module):
+    r"""W ↦ W / max(1, b/c), with b ≥ σ₁(W) from Gram iteration (`exact=False`), or W c/b (`exact=True`).
+
+    b = b_ref + ‖W - W_ref‖_F, where b_ref is the Gram bound of a reference weight W_ref. By Weyl's inequality the
+    value has spectral norm at most c at every read, whatever changed the weight since the reference was taken; when
+    the reference is refreshed after each optimizer step the second term is zero. Its gradient is that of b at the
+    reference, u vᵀ for the leading pair, and none through ‖W - W_ref‖_F. Rounding to the dtype of W is part of b_ref:
+    it adds at most u‖W‖_F, u the unit roundoff.
+
+    Args:
+        geometry (`ConvGeometry`, *optional*):
+            Of the convolution whose kernel this is; `None` for a matrix.
+        exact (`bool`):
+            Whether layers under the constant are scaled up to it as well.
+        rtol (`float`):
+            Width of the Gram bracket at a refresh.
+        refresh_every (`int`):
+            Optimizer steps between two refreshes.
+        name (`str`):
+            Of the layer, for error messages.
+
+    The constant c is the 0-dim float64 buffer `lipschitz`, saved with the model.
+    """
+
+    def __init__(
+        self, geometry: ConvGeometry | None, *, exact: bool, rtol: float, refresh_every: int, name: str
+    ) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.exact = exact
+        self.rtol = rtol
+        self.refresh_every = refresh_every
+        self.name = name
+        self.register_buffer("lipschitz", torch.tensor(torch.inf, dtype=torch.float64))
+        self._reference: Reference | None = None
+        self._is_loose = False
+        self._steps_since_refresh = 0
+        self._owner: tuple[parametrize.ParametrizationList] | tuple[()] = ()
+        _live.add(self)
+
+    def bind(self, owner: parametrize.ParametrizationList, constant: float | None) -> None:
+        """Tells the parametrization where its raw weight lives; `constant=None` keeps the norm that weight has."""
+        self._owner = (owner,)
+        reference = self.refresh()
+        if constant is not None:
+            self.set_constant(constant)
+        elif reference is not None:
+            self.set_constant(reference.bound.item())
+
+    def set_constant(self, constant: float) -> None:
+        """Sets c, a finite number of at least zero."""
+        if not 0 <= constant < math.inf:
+            raise ValueError(f"layer {self.name}: the Lipschitz constant must be finite and >= 0, got {constant}")
+        self.lipschitz.fill_(constant)
+
+    def check(self, weight: Tensor) -> None:
+        """Raises a ValueError that names the layer where `weight` holds NaN or inf or is no floating-point tensor."""
+        if not weight.is_meta:
+            with self._naming_the_layer():
+                check_weight(weight.detach())
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether [`bind`] was called."""
+        return bool(self._owner)
+
+    @property
+    def original(self) -> Tensor:
+        """The raw weight."""
+        return self._owner[0].original
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.is_meta:
+            return weight
+        reference = self._reference
+        if reference is None or reference.weight.device != weight.device:
+            reference = self._reference = self._new_reference(weight.detach())
+        return constrain(weight, reference, self.lipschitz, exact=self.exact)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        self._reference = None
+        return weight
+
+    @torch.no_grad()
+    def refresh(self) -> Reference | None:
+        """Takes the present raw weight as the reference; does nothing where it has not changed or has no data."""
+        weight = self.original.detach()
+        self._steps_since_refresh = 0
+        if weight.is_meta:
+            return None
+        reference = self._reference
+        unchanged = (
+            reference is not None
+            and not self._is_loose
+            and reference.weight.device == weight.device
+            and reference.weight.dtype == weight.dtype
+            and torch.equal(reference.weight, weight)
+        )
+        if not unchanged:
+            self._reference = self._new_reference(weight)
+            self._is_loose = False
+        return self._reference
+
+    @torch.no_grad()
+    def scale(self) -> float:
+        """What the raw weight is multiplied by right after a refresh."""
+        reference = self.refresh()
+        if reference is None or reference.bound == 0:
+            return 1.0
+        ratio = (self.lipschitz / reference.bound).item()
+        return ratio if self.exact else min(ratio, 1.0)
+
+    def after_optimizer_step(self) -> None:
+        """Refreshes once every `refresh_every` calls."""
+        self._steps_since_refresh += 1
+        if self._steps_since_refresh >= self.refresh_every:
+            self.refresh()
+
+    def _new_reference(self, weight: Tensor) -> Reference:
+        with self._naming_the_layer():
+            bound, left, right = weight_norm_and_direction(weight, self.geometry, self.rtol)
+        allowance = SCALAR_ALLOWANCE[left.dtype]
+        unit_roundoff = torch.finfo(weight.dtype).eps / 2
+        frobenius = torch.linalg.vector_norm(weight, dtype=torch.float64)
+        bound = (bound + unit_roundoff * frobenius) * (1 + allowance)
+        return Reference(weight.clone(), bound, left, right)
+
+    @contextmanager
+    def _naming_the_layer(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {self.name}: {error}") from error
+
+    def train(self, mode: bool = True) -> GramParametrization:
+        if mode != self.training and self.is_bound:
+            self.refresh()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GramParametrization:
+        constant, reference = self.lipschitz, self._reference
+        super()._apply(fn, recurse)
+        if not constant.is_meta and not self.lipschitz.is_meta:
+            self.lipschitz = constant.to(self.lipschitz.device)
+        if reference is not None:
+            self._reference = _moved(reference, fn)
+            self._is_loose = True
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _live.add(self)
+
+    def extra_repr(self) -> str:
+        return f"lipschitz={self.lipschitz.item():.6g}, mode={'exact' if self.exact else 'cap'}"
+
+
+_live: weakref.WeakSet[GramParametrization] = weakref.WeakSet()
+
+
+def _moved(reference: Reference, fn: Callable[[Tensor], Tensor]) -> Reference | None:
+    """The reference after `fn` moved or cast its weight: sound by Weyl's inequality whatever `fn` does."""
+    weight = fn(reference.weight)
+    if weight.is_meta:
+        return None
+    wide = weight.to(reference.weight.device, torch.float64)
+    change = torch.linalg.vector_norm(wide - reference.weight)
+    rounding = torch.finfo(weight.dtype).eps / 2 * torch.linalg.vector_norm(wide)
+    bound, left, right = (x.to(weight.device) for x in (reference.bound + change + rounding, *reference[2:]))
+    return Reference(weight, bound, left, right)
+
+
+def constrain(weight: Tensor, reference: Reference, constant: Tensor, *, exact: bool) -> Tensor:
+    """The value of [`GramParametrization`], in tensor operations only: it compiles, and runs under any transform."""
+    value = weight.to(reference.left.dtype)
+    with torch.no_grad():
+        drift = torch.linalg.vector_norm(value - reference.weight, dtype=torch.float64)
+        bound = reference.bound + drift * (1 + 2 * torch.finfo(weight.dtype).eps)
+    left, right = reference.left, reference.right
+    growth = left @ (value.reshape(left.numel(), right.numel()) @ right)
+    bound = bound + (growth - growth.detach())
+    # The clone keeps autograd from saving the buffer itself, which data parallelism overwrites between two forwards.
+    scale = constant.clone() / torch.where(bound > 0, bound, torch.ones_like(bound))
+    if not exact:
+        scale = scale.clamp(max=1.0)
+    return (value * scale).to(weight.dtype)
+
+
+def refresh_after_step(optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
+    """Optimizer post-step hook: refreshes the references of the weights that `optimizer` has just moved.
+
+    Raises:
+        ValueError: a weight became NaN or inf.
+    """
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for parametrization in list(_live):
+        if parametrization.is_bound and id(parametrization.original) in moved:
+            parametrization.after_optimizer_step()

@@ -1,0 +1,179 @@
+"""The transformers pipeline that returns certificates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import Pipeline
+from transformers.image_utils import load_image
+
+from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier
+from hf_lipschitz.configuration import SmoothingConfig
+from hf_lipschitz.conversion import materialized
+from hf_lipschitz.integrations.base_classifiers import PixelClassifier, base_classifier
+from hf_lipschitz.integrations.sharing import certify_in_shares
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+SMOOTHING_FIELDS = {field.name for field in dataclasses.fields(SmoothingConfig)}
+
+
+class CertifiedClassificationPipeline(Pipeline):
+    """Certified classification of texts and images by randomized smoothing; task `"certified-classification"`.
+
+    Noise is added to the word embeddings of a text, or to the pixels of an image in [0, 1] after resizing and before
+    normalisation. The radius is in that unit, which each certificate names. Inputs are certified one by one; what is
+    batched are the noisy copies of an input.
+
+    Args:
+        model (`PreTrainedModel` or `str`):
+            A text or image classifier with at least two labels. Constrained layers are materialised while it runs.
+        tokenizer, image_processor:
+            What prepares its inputs; `pipeline(...)` loads them with the model.
+        smoothing (`SmoothingConfig`, *optional*):
+            Or its fields as keywords: `sigma` (needed), `n0`, `n`, `alpha`, `seed`, `certificate`, `simplex_map`,
+            `temperature`; `batch_size` is the number of noisy copies a forward pass. All may be given in a call as
+            well.
+        accelerator (`accelerate.Accelerator`, *optional*):
+            Shares the inputs of a list over its processes. Every process returns the whole list, and the counts are
+            those of one process.
+        progress_bar (`bool`, *optional*, defaults to `True`):
+            Shows one for lists, on the main process.
+
+    Returns:
+        [`Certificate`] for one input, a list for a list or a dataset with a length, an iterator for a generator.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: the model is no single-label classifier, is in train mode, the pixel unit
+        of
+            its processor cannot be folded in, a smoothing field is out of range, a text is empty, logits are not
+            finite.
+
+    Example::
+
+        certifier = pipeline("certified-classification", model="my-model", sigma=0.25, n=1000)
+        certifier("a good film")   # Certificate(prediction=1, radius=0.41, ...)
+    """
+
+    def __init__(
+        self, *args: Any, accelerator: Accelerator | None = None, progress_bar: bool = True, **kwargs: Any
+    ) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        if accelerator is not None:
+            model.to(accelerator.device)
+            kwargs.setdefault("device", accelerator.device)
+        super().__init__(*args, **kwargs)
+        self.accelerator = accelerator
+        self.progress_bar = progress_bar
+        self.base_classifier = base_classifier(self.model, self.tokenizer, self.image_processor)
+
+    def _sanitize_parameters(
+        self, smoothing: SmoothingConfig | None = None, **fields: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = sorted(set(fields) - SMOOTHING_FIELDS)
+        if unknown:
+            raise TypeError(
+                f"unknown argument {', '.join(unknown)}; the smoothing takes {', '.join(SMOOTHING_FIELDS)}"
+            )
+        given = {} if smoothing is None else smoothing.to_dict()
+        return {}, {**given, **fields}, {}
+
+    def preprocess(self, inputs: Any) -> dict[str, Tensor]:
+        if isinstance(self.base_classifier, PixelClassifier) and isinstance(inputs, str):
+            inputs = load_image(inputs)
+        return {"x": self.base_classifier.encode(inputs)}
+
+    def _forward(self, model_inputs: dict[str, Tensor], *, index: int = 0, **fields: Any) -> Certificate:
+        smoothed = SmoothedClassifier(
+            self.base_classifier, self.model.config.num_labels, _config(fields), unit=self.base_classifier.unit
+        )
+        return smoothed.certify(model_inputs["x"], index)
+
+    def postprocess(self, certificate: Certificate) -> Certificate:
+        if certificate.prediction == ABSTAIN:
+            return dataclasses.replace(certificate, label="ABSTAIN")
+        return dataclasses.replace(certificate, label=str(self.model.config.id2label[certificate.prediction]))
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        index: int = 0,
+        batch_size: int | None = None,
+        progress_bar: bool | None = None,
+        **kwargs: Any,
+    ) -> Certificate | list[Certificate] | Iterator[Certificate]:
+        """Certifies one input, or each of several.
+
+        Args:
+            inputs (`str`, image, list, dataset or generator):
+                Texts, or images as PIL images, arrays, tensors, paths or URLs.
+            index (`int`, *optional*, defaults to `0`):
+                Of the first input; the noise of each is a function of the seed and its index.
+            batch_size (`int`, *optional*):
+                Noisy copies a forward pass.
+            progress_bar (`bool`, *optional*):
+                In the place of the pipeline's own.
+            kwargs:
+                Smoothing fields, in the place of the pipeline's own.
+        """
+        fields = self._fields(batch_size, **kwargs)
+        show = self.progress_bar if progress_bar is None else progress_bar
+
+        def certify(item: Any, position: int) -> Certificate:
+            return self.run_single(item, {}, {**fields, "index": position}, {})
+
+        if not _is_collection(inputs):
+            return certify(inputs, index)
+        if not isinstance(inputs, Sized):
+            return (certify(item, position) for position, item in enumerate(inputs, start=index))
+        return self._certify_list(inputs, index, certify, show)
+
+    def smoothing_config(self, **kwargs: Any) -> SmoothingConfig:
+        """The smoothing of a call with these keywords.
+
+        Raises:
+            ValueError: `sigma` is missing or a field is out of range.
+        """
+        return _config(self._fields(kwargs.pop("batch_size", None), **kwargs))
+
+    def _fields(self, batch_size: int | None, **kwargs: Any) -> dict[str, Any]:
+        fields = {**self._forward_params, **self._sanitize_parameters(**kwargs)[1]}
+        batch = batch_size if batch_size is not None else self._batch_size
+        return fields if batch is None else {**fields, "batch_size": batch}
+
+    def _certify_list(self, inputs: Sequence[Any], first: int, certify: Any, show: bool) -> list[Certificate]:
+        is_main = self.accelerator is None or self.accelerator.is_main_process
+        with tqdm(total=len(inputs), desc="certifying", disable=not (show and is_main)) as bar:
+
+            def certify_position(position: int) -> Certificate:
+                certificate = certify(inputs[position], first + position)
+                bar.update(1 if self.accelerator is None else self.accelerator.num_processes)
+                return certificate
+
+            if self.accelerator is None:
+                return [certify_position(position) for position in range(len(inputs))]
+            return certify_in_shares(certify_position, len(inputs), self.accelerator)
+
+    def forward(self, model_inputs: dict[str, Tensor], **forward_params: Any) -> Certificate:
+        with materialized(self.model):
+            return super().forward(model_inputs, **forward_params)
+
+
+def _config(fields: dict[str, Any]) -> SmoothingConfig:
+    if "sigma" not in fields:
+        raise ValueError("sigma is missing: pass sigma=..., the standard deviation of the noise, in the input's unit")
+    return SmoothingConfig(**fields)
+
+
+def _is_collection(inputs: Any) -> bool:
+    if isinstance(inputs, (str, bytes, Tensor)) or hasattr(inputs, "__array__") or hasattr(inputs, "convert"):
+        return False
+    return isinstance(inputs, Iterable) or (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__"))

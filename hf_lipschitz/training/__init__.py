@@ -1,0 +1,5 @@
+from hf_lipschitz.training.arguments import LipschitzTrainingArguments
+from hf_lipschitz.training.trainer import LipschitzTrainer
+
+
+__all__ = ["LipschitzTrainer", "LipschitzTrainingArguments"]

@@ -1,0 +1,116 @@
+"""LipschitzTrainingArguments: transformers' training arguments and what this library adds to the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_lipschitz.training.curvature import CURVATURES
+from hf_lipschitz.training.schedule import SCHEDULES
+
+
+@dataclass
+class LipschitzTrainingArguments(TrainingArguments):
+    r"""
+    [`~transformers.TrainingArguments`] with the regularizers of [`LipschitzTrainer`]. Everything is off by default.
+
+    Args:
+        activation_decay (`float`, *optional*, defaults to 0.0):
+            The weight λ of the penalty \\(\lambda \, \mathrm{mean}_i \|h_i\|^2\\) on the activations h entering the
+            last layer. With Gaussian noise \\(N(0, \varsigma^2)\\) on the weights of that layer, \\(CE \le E[CE] \le
+            CE + \frac{\varsigma^2}{2}(1 - \frac1K)\|h\|^2\\) for K classes: λ = ς²/2 trains an upper bound of the
+            smoothed loss.
+        curvature_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the curvature penalty.
+        curvature (`str`, *optional*, defaults to `"hutchinson"`):
+            Which penalty: `"hutchinson"` is ‖Hv‖² for a Rademacher vector v, an unbiased estimate of ‖H‖_F², with H
+            the Hessian of the mean task loss of a micro-batch.
+        curvature_every (`int`, *optional*, defaults to 1):
+            The penalty is added at every that many optimizer steps, with the same weight.
+        curvature_modules (`list[str]`, *optional*):
+            Names, or endings of names, of the modules whose Linear and convolution weights H is taken over. By default
+            the last block and the classifier's last layer.
+        noise_sigma (`float`, *optional*, defaults to 0.0):
+            Standard deviation of Gaussian noise on the inputs while training, in the unit of certification: pixels in
+            [0, 1] before normalisation, or word embeddings as they leave the embedding layer.
+        lipschitz_schedule (`str`, *optional*, defaults to `"none"`):
+            `"linear"` moves the constant of each layer in equal steps from the norm of its weight to
+            `lipschitz_target`.
+        lipschitz_target (`float`, *optional*):
+            The constant of each layer at the end of the schedule; by default the `layer_lipschitz` of the model's
+            [`LipschitzConfig`].
+        lipschitz_schedule_ratio (`float`, *optional*, defaults to 0.5):
+            Share of the training steps, in (0, 1], after which the target is reached.
+        head_module (`str`, *optional*):
+            Name of the classifier's last layer, where it is not found by itself.
+
+    Raises:
+        `ValueError`: a value is out of range or unknown; the message names the fix.
+    """
+
+    activation_decay: float = field(
+        default=0.0, metadata={"help": "Weight of the mean square norm of the activations entering the last layer."}
+    )
+    curvature_weight: float = field(default=0.0, metadata={"help": "Weight of the curvature penalty."})
+    curvature: str = field(default="hutchinson", metadata={"help": "Curvature penalty.", "choices": list(CURVATURES)})
+    curvature_every: int = field(
+        default=1, metadata={"help": "Optimizer steps from one curvature penalty to the next."}
+    )
+    curvature_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Name endings of the modules whose curvature counts; default: last block and head."},
+    )
+    noise_sigma: float = field(
+        default=0.0,
+        metadata={"help": "Standard deviation of training noise on pixels in [0, 1] or on word embeddings."},
+    )
+    lipschitz_schedule: str = field(
+        default="none",
+        metadata={"help": "How the layers' constants reach lipschitz_target.", "choices": ["none", *SCHEDULES]},
+    )
+    lipschitz_target: float | None = field(
+        default=None,
+        metadata={"help": "Constant of each layer after the schedule; default: layer_lipschitz of the model."},
+    )
+    lipschitz_schedule_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the training steps that the schedule takes."}
+    )
+    head_module: str | None = field(
+        default=None, metadata={"help": "Name of the classifier's last layer; found by itself in most models."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("activation_decay", "curvature_weight", "noise_sigma"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {value}; 0 turns it off")
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"unknown curvature {self.curvature!r}; known: {', '.join(CURVATURES)}")
+        if self.curvature_every < 1:
+            raise ValueError(
+                f"curvature_every must be at least 1, got {self.curvature_every}; curvature_weight=0 turns it off"
+            )
+        if self.curvature_modules is not None and not self.curvature_modules:
+            raise ValueError(
+                "curvature_modules is empty: name modules, or leave it None for the last block and the head"
+            )
+        if self.lipschitz_schedule not in ("none", *SCHEDULES):
+            raise ValueError(
+                f"unknown lipschitz_schedule {self.lipschitz_schedule!r}; known: {', '.join(('none', *SCHEDULES))}"
+            )
+        if not 0 < self.lipschitz_schedule_ratio <= 1:
+            raise ValueError(
+                f"lipschitz_schedule_ratio must be in (0, 1], got {self.lipschitz_schedule_ratio}: it is a share of "
+                "the training steps"
+            )
+        if self.lipschitz_target is not None:
+            if not 0 < self.lipschitz_target < math.inf:
+                raise ValueError(f"lipschitz_target must be positive and finite, got {self.lipschitz_target}")
+            if self.lipschitz_schedule == "none":
+                raise ValueError(
+                    "lipschitz_target needs a schedule: set lipschitz_schedule='linear', or lipschitzify the model "
+                    f"with layer_lipschitz={self.lipschitz_target} and no schedule"
+                )

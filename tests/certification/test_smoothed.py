@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from exact import DIRECTION, Lines, Slabs, place
+from torch import Tensor, nn
+
+from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier
+from hf_lipschitz.configuration import SmoothingConfig
+
+
+CONFIG = SmoothingConfig(sigma=0.5, n=1000)
+HALF_PLANES = Slabs((0.0,), (0, 1), 2)
+CERTIFICATES = ["one_class", "two_class", "lvm"]
+
+
+def test_the_certificate_says_how_it_was_made() -> None:
+    config = replace(CONFIG, seed=-5, certificate="one_class")
+    certificate = SmoothedClassifier(HALF_PLANES, 2, config, unit="pixel / 255").certify(place(0.5), index=12)
+    assert certificate == Certificate(
+        prediction=1, radius=certificate.radius, norm="l2", unit="pixel / 255", p_lower=certificate.p_lower,
+        p_upper=None, alpha=1e-3, n=1000, method="one_class", stop_reason="fixed_n", sigma=0.5, seed=-5, index=12,
+    )  # fmt: skip
+    for name in ("radius", "p_lower", "alpha", "sigma"):
+        assert type(getattr(certificate, name)) is float
+    for name in ("prediction", "n", "seed", "index"):
+        assert type(getattr(certificate, name)) is int
+
+
+@pytest.mark.parametrize("certificate", CERTIFICATES)
+def test_certificates_do_not_depend_on_the_batch_size_and_survive_json(certificate: str) -> None:
+    config = replace(CONFIG, n0=70, n=1130, certificate=certificate)
+    expected = SmoothedClassifier(HALF_PLANES, 2, config).certify(place(0.4), index=3)
+    assert Certificate.from_dict(json.loads(json.dumps(expected.to_dict()))) == expected
+    for batch_size in (1, 50, 137, 5000):
+        smoothed = SmoothedClassifier(HALF_PLANES, 2, replace(config, batch_size=batch_size))
+        assert smoothed.certify(place(0.4), index=3) == expected
+
+
+def test_seed_and_index_change_the_noise_and_nothing_else_does() -> None:
+    def p_lower(seed: int, index: int) -> float:
+        return SmoothedClassifier(HALF_PLANES, 2, replace(CONFIG, seed=seed)).certify(place(0.2), index=index).p_lower
+
+    assert p_lower(0, 0) == p_lower(0, 0)
+    assert len({p_lower(seed, index) for seed in range(4) for index in range(4)}) > 8
+
+
+def test_global_generators_are_untouched() -> None:
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    SmoothedClassifier(HALF_PLANES, 2, CONFIG).certify(place(0.5))
+    SmoothedClassifier(HALF_PLANES, 2, CONFIG).predict(place(0.5))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
+    assert random.getstate() == python_state
+
+
+@pytest.mark.parametrize("certificate", CERTIFICATES)
+@pytest.mark.parametrize(("n0", "n"), [(1, 1), (1, 2), (3, 7)])
+def test_few_samples_certify_nothing(certificate: str, n0: int, n: int) -> None:
+    smoothed = SmoothedClassifier(HALF_PLANES, 2, replace(CONFIG, n0=n0, n=n, certificate=certificate))
+    found = smoothed.certify(place(3.0))
+    assert (found.prediction, found.radius) == (ABSTAIN, 0.0)
+    assert smoothed.predict(place(3.0)) == ABSTAIN
+
+
+@pytest.mark.parametrize("certificate", CERTIFICATES)
+@pytest.mark.parametrize("alpha", [1e-12, 1e-50, 0.5])
+def test_a_thousand_classes_and_extreme_alphas(certificate: str, alpha: float) -> None:
+    def last_class(batch: Tensor) -> Tensor:
+        return 50 * torch.nn.functional.one_hot(torch.full((len(batch),), 999), 1000).float()
+
+    config = replace(CONFIG, n=10_000, alpha=alpha, certificate=certificate)
+    found = SmoothedClassifier(last_class, 1000, config).certify(place(0.0))
+    assert found.prediction == 999
+    assert 0.5 < found.p_lower < 1
+    assert found.p_upper is None or 0 < found.p_upper < 0.5
+    assert 0 < found.radius < 0.5 * 5
+
+
+@pytest.mark.parametrize("certificate", CERTIFICATES)
+@pytest.mark.parametrize("scale", [2.0**-90, 1e-6, 1e6, 2.0**110])
+def test_radii_scale_with_the_unit(certificate: str, scale: float) -> None:
+    def two_points(scale: float) -> Certificate:
+        base = Slabs((0.0,), (0, 1), 2)
+        config = replace(CONFIG, sigma=0.5 * scale, certificate=certificate)
+        smoothed = SmoothedClassifier(lambda batch: 10 * base(batch / scale), 2, config)
+        return smoothed.certify(0.4 * scale * DIRECTION)
+
+    assert two_points(scale).prediction == 1
+    assert two_points(scale).radius == pytest.approx(two_points(1.0).radius * scale, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 4, 5)])
+def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
+    def by_mean(batch: Tensor) -> Tensor:
+        assert batch.shape[1:] == shape
+        mean = batch.flatten(1).mean(1) if shape else batch
+        return torch.stack([mean, -mean], dim=1)
+
+    assert SmoothedClassifier(by_mean, 2, CONFIG).certify(torch.full(shape, 2.0)).prediction == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_base_classifier_gets_float32_whatever_the_input_is(dtype: torch.dtype) -> None:
+    def checking(batch: Tensor) -> Tensor:
+        assert batch.dtype == torch.float32
+        return HALF_PLANES(batch)
+
+    x = place(0.5).to(dtype)
+    assert SmoothedClassifier(checking, 2, CONFIG).certify(x) == SmoothedClassifier(HALF_PLANES, 2, CONFIG).certify(
+        x.float()
+    )
+
+
+def test_a_module_in_train_mode_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    smoothed = SmoothedClassifier(model, 2, CONFIG)
+    for action in (smoothed.certify, smoothed.predict):
+        with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
+            action(place(0.0))
+    model.eval()
+    smoothed.certify(place(0.0))
+    model[1].train()
+    with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
+        smoothed.certify(place(0.0))
+
+
+@pytest.mark.parametrize("num_classes", [1, 0, -2, 2.0, True, None])
+def test_bad_numbers_of_classes_are_refused(num_classes: object) -> None:
+    with pytest.raises(ValueError, match="num_classes"):
+        SmoothedClassifier(HALF_PLANES, num_classes, CONFIG)
+
+
+@pytest.mark.parametrize("x", [torch.tensor([1, 2]), torch.tensor([True, False]), np.zeros(2), [0.0, 1.0]])
+def test_inputs_that_are_not_floating_point_are_refused(x: object) -> None:
+    with pytest.raises(TypeError, match="floating-point"):
+        SmoothedClassifier(HALF_PLANES, 2, CONFIG).certify(x)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e200])
+def test_inputs_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        SmoothedClassifier(HALF_PLANES, 2, CONFIG).certify(torch.tensor([0.0, bad], dtype=torch.float64))
+
+
+def test_other_bad_inputs_are_refused() -> None:
+    smoothed = SmoothedClassifier(HALF_PLANES, 2, CONFIG)
+    with pytest.raises(ValueError, match="empty"):
+        smoothed.certify(torch.zeros(0))
+    with pytest.raises(ValueError, match="lost in float32"):
+        smoothed.certify(torch.tensor([0.0, 1e7]))
+    for index in (1.0, "3", True):
+        with pytest.raises(TypeError, match="index"):
+            smoothed.certify(place(0.0), index=index)
+
+
+def test_temperature_and_map_reach_the_scores() -> None:
+    soft = Lines((1.0, -1.0), (0.0, 0.0))
+    found = {
+        (name, temperature): SmoothedClassifier(
+            soft, 2, replace(CONFIG, certificate="lvm", n=10_000, simplex_map=name, temperature=temperature)
+        ).certify(place(0.5))
+        for name in ("softmax", "sparsemax")
+        for temperature in (0.1, 1.0)
+    }
+    assert len({certificate.p_lower for certificate in found.values()}) == 4
+    assert found["softmax", 1.0].p_lower == pytest.approx(soft.smoothed(0.5, 0.5)[0], abs=0.02)
+    assert found["softmax", 0.1].p_lower == pytest.approx(
+        Lines((1.0, -1.0), (0.0, 0.0), temperature=0.1).smoothed(0.5, 0.5)[0], abs=0.03
+    )
