@@ -11,10 +11,10 @@ demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/hf-lipschitz demo --output $(OUTPUT)
 
 test: $(VENV)/.test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 test-all: $(VENV)/.test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -52,6 +52,8 @@ class LipschitzConfig:
         strict (`bool`, *optional*, defaults to `False`):
             Whether a Linear or convolution that is asked for and cannot be constrained is an error, not a line in the
             report.
+        layers (`tuple[str]`, *optional*):
+            Names of the layers that are constrained; `lipschitzify` sets it, whatever it was.
         version (`str`, *optional*):
             Of the library that made the configuration.
 
@@ -67,6 +69,7 @@ class LipschitzConfig:
     refresh_every: int = 1
     rtol: float = 1e-3
     strict: bool = False
+    layers: tuple[str, ...] | None = None
     version: str = __version__
 
     quant_method = "lipschitz"
@@ -77,7 +80,7 @@ class LipschitzConfig:
             if not 0 < self.layer_lipschitz < math.inf:
                 raise ValueError(f"layer_lipschitz must be positive and finite, or None, got {self.layer_lipschitz}.")
         _check_name("mode", self.mode, MODES)
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "layers"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, _names(name, value))

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from hf_lipschitz.configuration import LipschitzConfig
+from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.matching import matching_names
 from hf_lipschitz.methods import CONVOLUTIONS, DENSE, METHODS
 from hf_lipschitz.nn.attachment import bake, constrained_layers, swap_in, swap_out
@@ -58,9 +59,12 @@ def lipschitzify(model: nn.Module, config: LipschitzConfig | None = None, **over
     """
     config = dataclasses.replace(config or LipschitzConfig(), **overrides)
     _check_model(model, config)
-    apply_config(model, config, targets(model, config))
+    names = targets(model, config)
+    for name in names:
+        check_named_weight(name, model.get_submodule(name).weight)
+    apply_config(model, config, names)
     if isinstance(model, PreTrainedModel):
-        model.config.quantization_config = config
+        model.config.quantization_config = dataclasses.replace(config, layers=tuple(names))
     _log_changes(model, config)
     return model
 

@@ -104,7 +104,7 @@ def certified_accuracy(
 ) -> list[float]:
     r"""
     Share of the inputs whose certificate has the right class and a radius above r, for each r. Strictly above,
-    because balls are open; abstentions count as wrong.
+    because balls are open; an abstention, whose radius is 0, counts as wrong.
 
     Args:
         certificates (`Sequence[Certificate]`):
@@ -133,6 +133,6 @@ def certified_accuracy(
     correct = [
         certificate.radius
         for certificate, label in zip(certificates, labels, strict=True)
-        if certificate.prediction != ABSTAIN and certificate.prediction == int(label)
+        if certificate.prediction == int(label)
     ]
     return [sum(certified > radius for certified in correct) / len(certificates) for radius in radii]

@@ -51,8 +51,6 @@ def smoothing_radius(p_lower: float, p_upper: float | None = None, sigma: float 
     _check_score("p_upper", p_upper)
     if p_upper == 0:
         raise ValueError("p_upper is 0, an infinite radius that no finite sample proves; pass a confidence bound.")
-    if p_lower <= p_upper:
-        return 0.0
     z_b = float(stats.norm.ppf(p_upper))
     return sigma / 2 * max(z_a - z_b - ROUNDING * (abs(z_a) + abs(z_b)), 0.0)
 

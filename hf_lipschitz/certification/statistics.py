@@ -34,7 +34,7 @@ def clopper_pearson_lower(k: ArrayLike, n: int, alpha: float) -> float | NDArray
 
     Raises:
         `ValueError`: an argument is out of range.
-        `RuntimeError`: the quantile fails its check, which has been seen for `alpha` below 1e-100 only.
+        `RuntimeError`: the quantile fails its check; seen only for `alpha` below 1e-100 and n above 1e8.
     """
     k = _checked_counts(k, n, alpha)
     with np.errstate(invalid="ignore"):

@@ -28,3 +28,9 @@ def check_matrix(w: Tensor, what: str = "w") -> None:
     check_weight(w, what)
     if w.dim() < 2:
         raise ValueError(f"{what} must have shape (..., m, n), got {tuple(w.shape)}; reshape a vector to (1, n)")
+
+
+def check_named_weight(name: str, w: Tensor) -> None:
+    """[`check_weight`] with the layer's name in the message; a weight on the meta device has nothing to check."""
+    if not w.is_meta:
+        check_weight(w.detach(), f"layer {name}: weight")

@@ -233,7 +233,7 @@ def _product_loss(h: Tensor) -> Tensor:
     if not _is_double(h):
         return torch.zeros_like(square)
     m, n = h.shape[-2:]
-    underflow = m * n * torch.finfo(torch.float64).tiny
+    underflow = m * n * torch.finfo(torch.float64).tiny * (square > 0)
     return _gamma(m, h.is_complex()) * square * (1 + 2 * m * n * UNIT_ROUNDOFF) + underflow
 
 

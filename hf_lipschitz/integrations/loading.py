@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -33,9 +34,9 @@ class LipschitzConfigReader(QuantizationConfigMixin):
 class LipschitzLoader(HfQuantizer):
     """Parametrizes the empty model before its weights are read, and steps aside once they are.
 
-    Which layers are constrained is read off the checkpoint: those with raw weights in it. A layer that the checkpoint
-    does not know at all, such as a new head, is initialised by transformers as in any model and constrained
-    afterwards.
+    The layers to parametrize are those that the configuration names. A layer that the saved model did not have, such
+    as a new head, is initialised by transformers as in any model and constrained afterwards if the configuration
+    means it; so is a head of another size, where `ignore_mismatched_sizes=True` allows it.
     """
 
     requires_calibration = False
@@ -48,6 +49,7 @@ class LipschitzLoader(HfQuantizer):
                 "model = AutoModelForX.from_pretrained(...); hf_lipschitz.lipschitzify(model, config)"
             )
         self._new_layers: list[str] = []
+        self._keys: set[str] = set()
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -55,38 +57,43 @@ class LipschitzLoader(HfQuantizer):
         config = self.quantization_config
         if checkpoint_files is None:
             raise ValueError("a lipschitzified model loads from a directory or a hub id, not from state_dict=")
-        keys = {key for file in checkpoint_files for key in _keys(file)}
-        able = [name for name, reason in layer_obstacles(model).items() if reason is None]
-        stored = [name for name in able if _in_checkpoint(name + RAW_SUFFIX, keys, model)]
-        plain_only = [n for n in able if n not in stored and _in_checkpoint(f"{n}.weight", keys, model)]
-        if not any(key.endswith(RAW_SUFFIX) for key in keys):
+        self._keys = {key for file in checkpoint_files for key in _keys(file)}
+        if not any(key.endswith(RAW_SUFFIX) for key in self._keys):
             raise ValueError(
                 "config.json names a lipschitzified model, but the weights hold none of its raw tensors "
                 f"(*{RAW_SUFFIX}): save it again with save_pretrained, or delete quantization_config from config.json "
                 "to load the plain weights"
             )
-        asked = {n for n in able if is_meant(model, n, config.target_modules, config.exclude_modules)}
-        missing = [name for name in plain_only if name in asked]
-        if missing:
-            raise ValueError(
-                f"the checkpoint holds {missing[0]}.weight and not {missing[0]}{RAW_SUFFIX}: it is incomplete, save "
-                "it again with save_pretrained"
-            )
-        self._new_layers = [n for n in able if n in asked and n not in stored]
+        able = [name for name, reason in layer_obstacles(model).items() if reason is None]
+        meant = {n for n in able if is_meant(model, n, config.target_modules, config.exclude_modules)}
+        stored = [name for name in able if any(n in (config.layers or meant) for n in _spellings(name, model))]
+        self._new_layers = [name for name in able if name in meant and name not in stored]
         apply_config(model, config, stored)
-        plain = {rf"(^|\.){re.escape(_without_prefix(name, model))}\.weight$" for name in stored}
+        # So that transformers initialises the raw weight of a head whose size changed, through `module.weight`.
+        for layer in constrained_layers(model):
+            layer.parametrization.is_suspended = True
+        plain = {rf"(^|\.){re.escape(min(_spellings(name, model), key=len))}\.weight$" for name in stored}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | plain
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = self.quantization_config
         for layer in constrained_layers(model):
-            if not torch.isfinite(layer.parametrization.lipschitz):
+            parametrization = layer.parametrization
+            parametrization.is_suspended = False
+            in_checkpoint = any(name + RAW_SUFFIX in self._keys for name in _spellings(layer.name, model))
+            is_raw_loaded = _is_loaded(parametrization.original)
+            if not (is_raw_loaded or in_checkpoint) or not _is_loaded(parametrization.lipschitz):
                 raise ValueError(
-                    f"the checkpoint has no constant for {layer.name}: save it again with save_pretrained"
+                    f"the checkpoint has no raw weight or no constant for {layer.name}: it is incomplete, save it "
+                    "again with save_pretrained"
                 )
-            layer.parametrization.refresh()
-        apply_config(model, config, self._new_layers)
-        if next(constrained_layers(model), None) is None:
+            if is_raw_loaded:
+                parametrization.refresh()
+            else:
+                parametrization.keep_or_set_constant(self.quantization_config.layer_lipschitz)
+        apply_config(model, self.quantization_config, self._new_layers)
+        names = tuple(layer.name for layer in constrained_layers(model))
+        model.config.quantization_config = dataclasses.replace(self.quantization_config, layers=names or None)
+        if not names:
             del model.config.quantization_config
         model.is_quantized = False
         for module in model.modules():
@@ -109,10 +116,12 @@ def _keys(file: str) -> list[str]:
     return list(torch.load(file, map_location="meta", weights_only=True))
 
 
-def _in_checkpoint(key: str, keys: set[str], model: PreTrainedModel) -> bool:
+def _spellings(name: str, model: PreTrainedModel) -> set[str]:
+    """The names that a layer may have in a model with or without a head."""
     prefix = model.base_model_prefix
-    return key in keys or f"{prefix}.{key}" in keys or (bool(prefix) and key.removeprefix(f"{prefix}.") in keys)
+    return {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")} if prefix else {name}
 
 
-def _without_prefix(name: str, model: PreTrainedModel) -> str:
-    return name.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else name
+def _is_loaded(tensor: torch.Tensor) -> bool:
+    """transformers marks what it has read; what is offloaded to disk stays on the meta device."""
+    return tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)

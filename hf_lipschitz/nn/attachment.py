@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.nn.parametrizations import GramParametrization
 
 
@@ -48,7 +49,7 @@ def attach(module: nn.Module, tensor_name: str, parametrization: GramParametriza
     """
     if parametrize.is_parametrized(module):
         raise ValueError(f"layer {parametrization.name} is parametrized already: remove its parametrizations first")
-    parametrization.check(module.get_parameter(tensor_name))
+    check_named_weight(parametrization.name, module.get_parameter(tensor_name))
     parametrize.register_parametrization(module, tensor_name, parametrization, unsafe=True)
     parametrization.bind(module.parametrizations[tensor_name], constant)
     if not hasattr(module, "_lipschitz_state_dict_hooks"):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hf_lipschitz.functional.checks import check_weight
+from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.functional.conv import ConvGeometry
 from hf_lipschitz.functional.weights import weight_norm_and_direction
 
@@ -66,6 +65,8 @@ class GramParametrization(nn.Module):
         self.register_buffer("lipschitz", torch.tensor(torch.inf, dtype=torch.float64))
         self._reference: Reference | None = None
         self._is_loose = False
+        # True only while a checkpoint is read: the value is then the raw weight, which may be anything.
+        self.is_suspended = False
         self._steps_since_refresh = 0
         self._owner: tuple[parametrize.ParametrizationList] | tuple[()] = ()
         _live.add(self)
@@ -73,6 +74,10 @@ class GramParametrization(nn.Module):
     def bind(self, owner: parametrize.ParametrizationList, constant: float | None) -> None:
         """Tells the parametrization where its raw weight lives; `constant=None` keeps the norm that weight has."""
         self._owner = (owner,)
+        self.keep_or_set_constant(constant)
+
+    def keep_or_set_constant(self, constant: float | None) -> None:
+        """Sets c to `constant`, or to the bound of the present raw weight where that is `None`."""
         reference = self.refresh()
         if constant is not None:
             self.set_constant(constant)
@@ -85,12 +90,6 @@ class GramParametrization(nn.Module):
             raise ValueError(f"layer {self.name}: the Lipschitz constant must be finite and >= 0, got {constant}")
         self.lipschitz.fill_(constant)
 
-    def check(self, weight: Tensor) -> None:
-        """Raises a ValueError that names the layer where `weight` holds NaN or inf or is no floating-point tensor."""
-        if not weight.is_meta:
-            with self._naming_the_layer():
-                check_weight(weight.detach())
-
     @property
     def is_bound(self) -> bool:
         """Whether [`bind`] was called."""
@@ -102,7 +101,7 @@ class GramParametrization(nn.Module):
         return self._owner[0].original
 
     def forward(self, weight: Tensor) -> Tensor:
-        if weight.is_meta:
+        if weight.is_meta or self.is_suspended:
             return weight
         reference = self._reference
         if reference is None or reference.weight.device != weight.device:
@@ -149,20 +148,13 @@ class GramParametrization(nn.Module):
             self.refresh()
 
     def _new_reference(self, weight: Tensor) -> Reference:
-        with self._naming_the_layer():
-            bound, left, right = weight_norm_and_direction(weight, self.geometry, self.rtol)
+        check_named_weight(self.name, weight)
+        bound, left, right = weight_norm_and_direction(weight, self.geometry, self.rtol)
         allowance = SCALAR_ALLOWANCE[left.dtype]
         unit_roundoff = torch.finfo(weight.dtype).eps / 2
         frobenius = torch.linalg.vector_norm(weight, dtype=torch.float64)
         bound = (bound + unit_roundoff * frobenius) * (1 + allowance)
         return Reference(weight.clone(), bound, left, right)
-
-    @contextmanager
-    def _naming_the_layer(self) -> Iterator[None]:
-        try:
-            yield
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layer {self.name}: {error}") from error
 
     def train(self, mode: bool = True) -> GramParametrization:
         if mode != self.training and self.is_bound:

@@ -101,7 +101,7 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
         if not is_at_target:
             logger.warning(
                 "the layers' constants are between %.4g and %.4g and not at lipschitz_target=%g: training ended, or "
-                "the best checkpoint was saved, before the schedule did; a smaller lipschitz_schedule_ratio ends it sooner",
+                "the best checkpoint was saved, before the schedule: a lower lipschitz_schedule_ratio ends it sooner",
                 min(constants),
                 max(constants),
                 self.target,

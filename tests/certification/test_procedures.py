@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from exact import Lines, Slabs, exact_radius, place
 from scipy import stats
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from hf_lipschitz.certification.radius import smoothing_radius
 from hf_lipschitz.certification.sampling import NoisySampler
 from hf_lipschitz.certification.statistics import clopper_pearson_lower
 from hf_lipschitz.configuration import CERTIFICATES, SmoothingConfig
+from tests.certification.exact import Lines, Slabs, exact_radius, place
 
 
 ALPHA, RUNS = 0.05, 2000
@@ -85,7 +86,7 @@ def shares_its_samples(sampler: NoisySampler, config: SmoothingConfig) -> Decisi
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def registry() -> Iterator[None]:
     """Undoes the registrations of one test."""
     names, procedures, predictors = list(CERTIFICATES), dict(PROCEDURES), dict(PREDICTORS)
     yield

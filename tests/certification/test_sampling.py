@@ -70,7 +70,7 @@ def test_statistics_do_not_depend_on_the_batch_size(num_samples: int) -> None:
 @pytest.mark.parametrize("batch_size", [50, 100, 500])
 def test_parts_add_up_to_the_whole_in_any_order(batch_size: int) -> None:
     one = sampler(batch_size=batch_size)
-    parts = [range(9, 23), range(0, 1), range(3, 9), range(1, 3), range(5, 5)]
+    parts = [range(9, 23), range(1), range(3, 9), range(1, 3), range(5, 5)]
     votes = sum(
         (one.votes(Stage.ESTIMATION, 1130, part) for part in parts[1:]), one.votes(Stage.ESTIMATION, 1130, parts[0])
     )
@@ -166,7 +166,7 @@ def test_a_map_that_leaves_the_simplex_is_refused(simplex_map: object) -> None:
         sampler(simplex_map=simplex_map).scores(Stage.ESTIMATION, 100)
 
 
-@pytest.mark.parametrize("blocks", [range(0, 4), range(-1, 2), range(0, 3, 2)])
+@pytest.mark.parametrize("blocks", [range(4), range(-1, 2), range(0, 3, 2)])
 def test_blocks_outside_the_stage_are_refused(blocks: range) -> None:
     with pytest.raises(ValueError, match="blocks must be"):
         sampler().votes(Stage.ESTIMATION, 130, blocks)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -8,7 +9,6 @@ import torch
 from scipy.optimize import brentq
 
 from hf_lipschitz.configuration import SmoothingConfig
-from hf_lipschitz.functional import simplex
 from hf_lipschitz.functional.simplex import SIMPLEX_MAPS, register_simplex_map, softmax, sparsemax
 
 
@@ -94,9 +94,17 @@ def test_bad_temperatures_are_refused(temperature: float) -> None:
         sparsemax(torch.zeros(3), temperature)
 
 
-def test_a_registered_map_is_accepted_by_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simplex, "SIMPLEX_MAPS", SIMPLEX_MAPS)
-    monkeypatch.delitem(SIMPLEX_MAPS, "uniform", raising=False)
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Undoes the registrations of one test."""
+    before = dict(SIMPLEX_MAPS)
+    yield
+    SIMPLEX_MAPS.clear()
+    SIMPLEX_MAPS.update(before)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_map_is_accepted_by_the_config() -> None:
     with pytest.raises(ValueError, match="known: softmax, sparsemax"):
         SmoothingConfig(sigma=1.0, simplex_map="uniform")
 
@@ -107,4 +115,3 @@ def test_a_registered_map_is_accepted_by_the_config(monkeypatch: pytest.MonkeyPa
     assert SmoothingConfig(sigma=1.0, simplex_map="uniform").simplex_map == "uniform"
     with pytest.raises(ValueError, match="already registered"):
         register_simplex_map("uniform", lambda num_classes, temperature: 0.0)
-    SIMPLEX_MAPS.pop("uniform")

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_lipschitz.functional import gram_norm, spectral_norm_bound
+from hf_lipschitz.functional.gram import gram_bracket
+from tests.operators import dense_norm
+
+
+def schatten(w: torch.Tensor, p: float) -> torch.Tensor:
+    singular_values = torch.linalg.svdvals(w)
+    largest = singular_values.amax(-1, keepdim=True).detach()
+    return (singular_values / largest).pow(p).sum(-1) ** (1 / p) * largest.squeeze(-1)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> torch.Tensor:
+    rows, columns = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kind = draw(st.sampled_from(["gaussian", "orthogonal", "low rank", "clustered", "ones", "tiny entries"]))
+    w = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    rank = min(rows, columns)
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    if kind == "orthogonal":
+        w = u @ vh
+    elif kind == "low rank":
+        w = u[:, :1] @ vh[:1]
+    elif kind == "clustered":
+        w = u @ torch.diag(1 - 1e-7 * torch.rand(rank, generator=generator, dtype=torch.float64)) @ vh
+    elif kind == "ones":
+        w = torch.ones_like(w)
+    elif kind == "tiny entries":
+        w = u @ torch.diag(10.0 ** -torch.arange(0, 20 * rank, 20, dtype=torch.float64)) @ vh
+    return w * 10.0 ** draw(st.integers(-30, 30))
+
+
+@given(matrices(), st.sampled_from([1e-1, 1e-3, 1e-9]))
+def test_bracket_holds_in_float64(w: torch.Tensor, rtol: float) -> None:
+    lower, upper = spectral_norm_bound(w, rtol)
+    exact = dense_norm(w)
+    # The SVD is itself only good to a few units of float64.
+    assert upper.item() >= exact * (1 - 1e-14)
+    assert lower.item() <= exact * (1 + 1e-14)
+    assert upper.item() <= lower.item() * (1 + max(rtol, 1e-8)) + 1e-300
+
+
+@given(matrices())
+def test_bracket_holds_in_float32_and_float16(w: torch.Tensor) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        stored = w.to(dtype)
+        if torch.isfinite(stored).all() and stored.any():
+            lower, upper = spectral_norm_bound(stored)
+            exact = dense_norm(stored)
+            assert lower.item() <= exact <= upper.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("shape", [(200, 200), (64, 300), (5, 7, 20, 3), (1, 1), (2, 1, 9)])
+def test_bracket_against_svd(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    w = torch.randn(shape, dtype=dtype)
+    lower, upper = spectral_norm_bound(w, 1e-3)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    exact = torch.linalg.matrix_norm(w.to(wide), 2)
+    assert lower.shape == upper.shape == shape[:-2]
+    assert (lower <= exact).all()
+    assert (exact <= upper).all()
+    assert (upper / lower - 1 <= 1e-3 + 4e-5).all()
+
+
+def test_certified_mode_needs_float64_where_float32_products_round_down() -> None:
+    """The certified end is above the exact norm of the stored weights; a bare float32 Schatten norm is not always."""
+    undershoots = 0
+    for seed in range(40):
+        w = torch.randn(64, 48, generator=torch.Generator().manual_seed(seed))
+        exact = dense_norm(w)
+        assert spectral_norm_bound(w, 1e-6, certified=True)[1].item() >= exact
+        leading = gram_bracket(w, 1e-6).right
+        undershoots += torch.linalg.vector_norm(w @ leading).item() < exact
+    assert undershoots > 0
+
+
+def test_repeated_singular_values_cost_nothing() -> None:
+    q = torch.linalg.qr(torch.randn(512, 512, dtype=torch.float64)).Q
+    lower, upper = spectral_norm_bound(q, 1e-6)
+    assert 1 - 1e-6 <= lower.item() <= upper.item() <= 1 + 1e-6
+    assert gram_norm(q, 6).item() == pytest.approx(512 ** (1 / 128), rel=1e-9)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2, 5, 9])
+def test_gram_norm_is_the_schatten_norm(num_iterations: int) -> None:
+    w = torch.randn(3, 9, 6, dtype=torch.float64)
+    expected = schatten(w, 2.0 ** (num_iterations + 1))
+    torch.testing.assert_close(gram_norm(w, num_iterations), expected, rtol=1e-11, atol=0)
+    assert (
+        gram_norm(w.float(), num_iterations).double() >= schatten(w.float().double(), 2.0 ** (num_iterations + 1))
+    ).all()
+
+
+def test_gram_norm_decreases_to_the_spectral_norm() -> None:
+    w = torch.randn(40, 30, dtype=torch.float64)
+    values = [gram_norm(w, n).item() for n in range(1, 14)]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] == pytest.approx(dense_norm(w), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (2, 3, 3)])
+def test_gradient_is_exact_to_second_order(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    w = torch.randn(shape, dtype=dtype, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gram_norm(x, 3), w)
+    assert torch.autograd.gradgradcheck(lambda x: gram_norm(x, 3), w)
+
+
+def test_gradient_against_autograd_through_the_svd() -> None:
+    w = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    (ours,) = torch.autograd.grad(gram_norm(w, 4), w)
+    (theirs,) = torch.autograd.grad(schatten(w, 32.0), w)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_gradient_at_any_scale_and_many_iterations(scale: float) -> None:
+    w = (torch.randn(6, 4) * scale).requires_grad_()
+    (gradient,) = torch.autograd.grad(gram_norm(w, 12), w)
+    u, _, vh = torch.linalg.svd(w.detach().double() / scale)
+    torch.testing.assert_close(gradient.double(), torch.outer(u[:, 0], vh[0]), rtol=0, atol=1e-4)
+
+
+def test_gradient_where_svd_has_none() -> None:
+    zero = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(gram_norm(zero, 5), zero, create_graph=True)
+    assert gram_norm(zero, 5).item() == 0
+    assert spectral_norm_bound(zero)[1].item() == 0
+    assert not gradient.any()
+    identity = torch.eye(4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(gram_norm(identity, 2), identity)
+    torch.testing.assert_close(gradient, torch.eye(4, dtype=torch.float64) * 4 ** (1 / 8 - 1))
+    rank_one = torch.outer(torch.arange(1.0, 4), torch.ones(3)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gram_norm(x, 3), rank_one)
+
+
+def test_reduced_precision_settings_do_not_reach_the_products() -> None:
+    w = torch.randn(128, 128)
+    expected = spectral_norm_bound(w)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = spectral_norm_bound(w)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.testing.assert_close(inside, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("w", "kind", "message"),
+    [
+        (torch.full((2, 2), torch.nan), ValueError, "NaN or inf"),
+        (torch.full((2, 2), torch.inf), ValueError, "NaN or inf"),
+        (torch.zeros(0, 3), ValueError, "empty"),
+        (torch.ones(3), ValueError, "reshape"),
+        (torch.ones(3, 3, dtype=torch.int64), TypeError, "floating-point"),
+        ([[1.0]], TypeError, "torch.Tensor"),
+    ],
+)
+def test_bad_weights_are_named(w: object, kind: type[Exception], message: str) -> None:
+    for function in (gram_norm, spectral_norm_bound):
+        with pytest.raises(kind, match=message):
+            function(w)
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(ValueError, match="rtol"):
+        spectral_norm_bound(torch.eye(2), 0.0)
+    with pytest.raises(ValueError, match="num_iterations"):
+        gram_norm(torch.eye(2), 0)

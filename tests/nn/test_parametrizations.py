@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lipschitz.conversion import lipschitzify, materialized
+from hf_lipschitz.nn import parametrizations
+from hf_lipschitz.nn.attachment import constrained_layers
+from tests.operators import conv_norm, dense_norm
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)).to(dtype)
+
+
+def norms(model: nn.Module) -> list[float]:
+    return [dense_norm(layer.effective_weight) for layer in constrained_layers(model)]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        # Ascent on the output grows the weights, so that the constraint has work to do.
+        (-model(torch.randn(7, 20)).square().sum()).backward()
+        optimizer.step()
+        assert max(norms(model)) <= 0.5 * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("refresh_every", [1, 3])
+@pytest.mark.parametrize("mode", ["cap", "exact"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
+        lambda p: torch.optim.AdamW(p, lr=0.05, foreach=True),
+        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
+        lambda p: torch.optim.Adafactor(p, lr=0.05),
+    ],
+    ids=["fused adamw", "foreach adamw", "fused sgd", "adafactor"],
+)
+def test_norms_hold_at_every_read_under_every_optimizer(optimizer: object, mode: str, refresh_every: int) -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5, mode=mode, refresh_every=refresh_every)
+    train(model, optimizer(model.parameters()), steps=10)
+
+
+def test_norms_hold_whatever_changed_the_weights() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    raw = model[0].parametrizations.weight.original
+    changes = [
+        lambda: raw.data.mul_(7),
+        lambda: raw.data.add_(torch.randn_like(raw)),
+        lambda: raw.data.copy_(torch.randn_like(raw) * 1e-20),
+        lambda: setattr(model[0], "weight", torch.randn(30, 20)),
+        lambda: model.load_state_dict(lipschitzify(mlp(), layer_lipschitz=0.5).state_dict()),
+        lambda: nn.init.constant_(raw, 3.0),
+        lambda: model.double(),
+        lambda: model.float(),
+        lambda: model.train(not model.training),
+    ]
+    for change in changes:
+        with torch.no_grad():
+            change()
+        assert max(norms(model)) <= 0.5 * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_to_the_stored_dtype_is_covered(dtype: torch.dtype) -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        cast_after = lipschitzify(mlp(), layer_lipschitz=0.5, mode="exact").to(dtype)
+        cast_before = lipschitzify(mlp(dtype), layer_lipschitz=0.5, mode="exact")
+        for model in (cast_after, cast_before):
+            assert {layer.effective_weight.dtype for layer in constrained_layers(model)} == {dtype}
+            assert all(0.45 <= norm <= 0.5 for norm in norms(model))
+
+
+def test_exact_mode_reaches_the_constant_and_cap_mode_leaves_small_layers_alone() -> None:
+    plain = mlp()
+    exact = lipschitzify(copy.deepcopy(plain), layer_lipschitz=3.0, mode="exact")
+    assert norms(exact) == pytest.approx([3.0, 3.0], rel=1e-3)
+    capped = lipschitzify(copy.deepcopy(plain), layer_lipschitz=3.0)
+    assert torch.equal(capped[0].weight, plain[0].weight)
+
+
+def test_convolution_is_bounded_as_an_operator() -> None:
+    module = nn.Conv2d(4, 6, 3, padding=1)
+    lipschitzify(module, layer_lipschitz=0.3)
+    plain = nn.Conv2d(4, 6, 3, padding=1)
+    plain.weight.data = module.weight.detach()
+    assert 0.25 <= conv_norm(plain, (8, 8)) <= 0.3
+
+
+def test_gradient_against_autograd_through_the_svd() -> None:
+    linear = nn.Linear(6, 4).double()
+    w = linear.weight.detach().clone().requires_grad_()
+    lipschitzify(linear, layer_lipschitz=1.0, mode="exact", rtol=1e-9)
+    cotangent = torch.randn(4, 6, dtype=torch.float64)
+    (linear.weight * cotangent).sum().backward()
+    (w / torch.linalg.matrix_norm(w, 2) * cotangent).sum().backward()
+    torch.testing.assert_close(linear.parametrizations.weight.original.grad, w.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_inactive_cap_has_the_plain_gradient() -> None:
+    linear = nn.Linear(6, 4)
+    w = linear.weight.detach().clone()
+    lipschitzify(linear, layer_lipschitz=100.0)
+    cotangent = torch.randn(4, 6)
+    (linear.weight * cotangent).sum().backward()
+    assert torch.equal(linear.weight, w)
+    torch.testing.assert_close(linear.parametrizations.weight.original.grad, cotangent)
+
+
+def test_copies_live_their_own_lives() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    twin = copy.deepcopy(model)
+    before = [w.clone() for w in twin.state_dict().values()]
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert all(torch.equal(a, b) for a, b in zip(before, twin.state_dict().values(), strict=True))
+    train(twin, torch.optim.SGD(twin.parameters(), lr=0.1))
+    for layer in constrained_layers(twin):
+        assert torch.equal(layer.parametrization._reference.weight, layer.parametrization.original)
+
+
+def test_one_norm_a_layer_and_step_however_often_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = parametrizations.weight_norm_and_direction
+    monkeypatch.setattr(
+        parametrizations, "weight_norm_and_direction", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    assert len(calls) == 2
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(4):
+        model(torch.randn(3, 20)).sum().backward()
+        with torch.no_grad():
+            model(torch.randn(3, 20))
+    optimizer.step()
+    assert len(calls) == 4
+    copy.deepcopy(model)(torch.randn(3, 20))
+    with materialized(model) as plain:
+        plain(torch.randn(3, 20))
+    assert len(calls) == 4
+
+
+def test_activation_checkpointing_gives_the_same_gradient() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    x = torch.randn(3, 20)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_autocast_does_not_reach_the_norm() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5, mode="exact")
+    expected = norms(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norms(model) == expected
+        for layer in constrained_layers(model):
+            layer.parametrization.original.data.mul_(1.5)
+            layer.parametrization.refresh()
+        assert max(norms(model)) <= 0.5
+
+
+def test_compiles_in_one_graph() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+
+
+def test_state_dict_holds_raw_and_effective_weights_and_loads_back() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    state = model.state_dict()
+    assert torch.equal(state["0.weight"], model[0].weight)
+    assert torch.equal(state["0.parametrizations.weight.original"], model[0].parametrizations.weight.original)
+    plain = mlp()
+    missing, unexpected = plain.load_state_dict(state, strict=False)
+    assert missing == []
+    assert all("parametrizations" in key for key in unexpected)
+    x = torch.randn(3, 20)
+    assert torch.equal(plain(x), model(x))
+    twin = lipschitzify(mlp(), layer_lipschitz=0.9)
+    assert twin.load_state_dict(state).missing_keys == []
+    assert torch.equal(twin(x), model(x))
+    with pytest.raises(RuntimeError, match=r"lipschitzify\(model\)"):
+        twin.load_state_dict(plain.state_dict(), strict=False)
+
+
+def test_nan_weight_after_a_step_names_the_layer() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model[2].parametrizations.weight.original.grad = torch.full((5, 30), torch.nan)
+    with pytest.raises(ValueError, match="layer 2: .*NaN"):
+        optimizer.step()
+
+
+def test_materialized_is_plain_inside_and_untouched_after() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    x = torch.randn(3, 20)
+    expected, keys = model(x), list(model.state_dict())
+    with materialized(model) as plain:
+        assert plain is model
+        assert type(plain[0]) is nn.Linear
+        assert torch.equal(plain(x), expected)
+        assert all(not p.requires_grad for n, p in plain.named_parameters() if "weight" in n)
+        torch.save(plain, io.BytesIO())
+        with materialized(model) as again:
+            assert torch.equal(again(x), expected)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), expected)
+    with materialized(model, copy=True) as plain:
+        pass
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(plain(x), expected)

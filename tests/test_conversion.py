@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import copy
+import io
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils import parametrizations
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+import hf_lipschitz
+from hf_lipschitz.configuration import LipschitzConfig
+from hf_lipschitz.conversion import lipschitzify, merge
+from hf_lipschitz.methods import METHODS, register_method
+from hf_lipschitz.nn.attachment import constrained_layers
+from tests.families import FAMILIES, bert, example, gpt2, mobilenet_v2
+from tests.operators import conv_norm, dense_norm
+
+
+def names(model: nn.Module) -> set[str]:
+    return {layer.name for layer in constrained_layers(model)}
+
+
+def exact_norm(module: nn.Module, weight: torch.Tensor) -> float:
+    """One group at a time, on inputs a little larger than the kernel: the operators stay small enough for an SVD."""
+    if weight.dim() == 2 or weight[0, 0].numel() == 1:
+        return dense_norm(weight.flatten(1))
+    outputs = weight.shape[0] // module.groups
+    norms = []
+    for group in range(module.groups):
+        plain = nn.Conv2d(
+            weight.shape[1], outputs, module.kernel_size, module.stride, module.padding, module.dilation, bias=False
+        )
+        plain.weight.data = weight[group * outputs : (group + 1) * outputs].clone()
+        norms.append(conv_norm(plain, [k + 3 for k in module.kernel_size]))
+    return max(norms)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_of_every_family_is_under_its_constant(family: str) -> None:
+    model = lipschitzify(FAMILIES[family](), layer_lipschitz=0.05)
+    layers = list(constrained_layers(model))
+    expected = [m for m in model.modules() if type(m).__name__.endswith(("Linear", "Conv2d", "Conv1D"))]
+    assert len(layers) == len(expected)
+    for layer in layers:
+        assert exact_norm(layer.module, layer.effective_weight) <= 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_constant_changes_no_logit(family: str) -> None:
+    model = FAMILIES[family]().eval()
+    inputs = example(model)
+    expected = model(**inputs).logits
+    lipschitzify(model, layer_lipschitz=None)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merge_is_plain_and_computes_the_same(family: str) -> None:
+    model = FAMILIES[family]().eval()
+    inputs, classes = example(model), [type(m) for m in model.modules()]
+    keys = set(model.state_dict())
+    lipschitzify(model, layer_lipschitz=0.1)
+    twin = copy.deepcopy(model)
+    expected = model(**inputs).logits
+    assert merge(model) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert set(model.state_dict()) == keys
+    assert torch.equal(model(**inputs).logits, expected)
+    assert all(p.requires_grad for p in model.parameters())
+    torch.save(model, io.BytesIO())
+    assert torch.equal(twin(**inputs).logits, expected)
+    assert names(twin)
+    assert model.config.lipschitz["merged"]
+    lipschitzify(model, layer_lipschitz=0.05)
+
+
+def test_mobilenet_depthwise_convolutions_are_covered() -> None:
+    model = lipschitzify(mobilenet_v2(), layer_lipschitz=0.01)
+    grouped = [layer for layer in constrained_layers(model) if getattr(layer.module, "groups", 1) > 1]
+    assert len(grouped) >= 17
+
+
+def test_gpt2_conv1d_is_covered() -> None:
+    model = lipschitzify(gpt2())
+    assert "transformer.h.0.mlp.c_fc" in names(model)
+
+
+def test_tied_and_shared_weights_are_left_alone() -> None:
+    masked = BertForMaskedLM(BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50))
+    lipschitzify(masked)
+    assert "cls.predictions.decoder" not in names(masked)
+    assert masked.cls.predictions.decoder.weight is masked.bert.embeddings.word_embeddings.weight
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=16, d_ff=20, num_layers=1, num_heads=2, d_kv=8, vocab_size=50, tie_word_embeddings=True)
+    )
+    lipschitzify(t5)
+    assert "lm_head" not in names(t5)
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    pair = lipschitzify(nn.Sequential(first, second, nn.Linear(4, 4)))
+    assert names(pair) == {"2"}
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude"),
+    [
+        (["query", "value"], None),
+        (["attention.self.query"], None),
+        (["bert.pooler.dense"], None),
+        (r".*\.layer\.1\..*dense", None),
+        (["dense"], ["pooler.dense"]),
+        (["dense"], r".*intermediate.*"),
+    ],
+)
+def test_targets_mean_what_they_mean_to_peft(target: object, exclude: object) -> None:
+    theirs = get_peft_model(bert(), LoraConfig(target_modules=target, exclude_modules=exclude))
+    expected = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A")
+        for name, _ in theirs.named_modules()
+        if name.endswith(".lora_A")
+    }
+    assert names(lipschitzify(bert(), target_modules=target, exclude_modules=exclude)) == expected
+
+
+def test_all_linear_leaves_output_embeddings_out() -> None:
+    model = lipschitzify(gpt2(), target_modules="all-linear")
+    assert "transformer.h.1.attn.c_attn" in names(model)
+
+
+def test_the_default_says_how_many_layers_moved(caplog: pytest.LogCaptureFixture) -> None:
+    model = bert()
+    model.classifier.weight.data.mul_(1000)
+    with caplog.at_level(logging.WARNING):
+        lipschitzify(model)
+    (message,) = [r.getMessage() for r in caplog.records if "rescaled" in r.getMessage()]
+    assert "rescaled 1 of 14 layers, classifier the most" in message
+    assert "layer_lipschitz=None" in message
+
+
+def test_a_registered_method_is_called_and_may_replace_the_module() -> None:
+    @register_method("halved")
+    def halved(module: nn.Module, name: str, config: LipschitzConfig) -> nn.Module:
+        replacement = copy.deepcopy(module)
+        replacement.weight.data.mul_(0.5)
+        return replacement
+
+    try:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(1, 1, 1))
+        before = model[0].weight.clone()
+        lipschitzify(model, method="halved", target_modules=["0"])
+        assert torch.equal(model[0].weight, before / 2)
+        with pytest.raises(ValueError, match="registered already"):
+            register_method("halved")(halved)
+    finally:
+        del METHODS["halved"]
+
+
+def test_bad_models_are_named() -> None:
+    with pytest.raises(TypeError, match="takes a torch.nn.Module, got str"):
+        lipschitzify("bert-base-uncased")
+    with pytest.raises(ValueError, match="no layer that can be constrained"):
+        lipschitzify(nn.LayerNorm(4))
+    with pytest.raises(ValueError, match="did you mean .*query"):
+        lipschitzify(bert(), target_modules=["qurey"])
+    with pytest.raises(ValueError, match="leaves no layer"):
+        lipschitzify(bert(), target_modules=["query"], exclude_modules=["query"])
+    with pytest.raises(ValueError, match="unknown method 'grem'; registered: gram"):
+        lipschitzify(bert(), method="grem")
+    model = bert()
+    model.bert.pooler.dense.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer bert.pooler.dense: weight holds NaN"):
+        lipschitzify(model)
+    with pytest.raises(ValueError, match=r"call merge\(model\) first"):
+        lipschitzify(lipschitzify(bert()))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        lipschitzify(get_peft_model(bert(), LoraConfig(target_modules=["query"])))
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge(bert())
+    with pytest.raises(TypeError, match="merge takes"):
+        merge(3)
+
+
+def test_a_failure_leaves_the_model_as_it_was() -> None:
+    model = bert()
+    keys = list(model.state_dict())
+    model.classifier.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="classifier"):
+        lipschitzify(model)
+    assert list(model.state_dict()) == keys
+    assert names(model) == set()
+
+
+def test_foreign_parametrizations_are_left_alone_or_refused() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+    assert names(lipschitzify(model)) == {"1"}
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="strict=True, and 0: parametrized by something else"):
+        lipschitzify(model, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layer_lipschitz", 0.0, "layer_lipschitz must be positive"),
+        ("layer_lipschitz", float("nan"), "layer_lipschitz must be positive"),
+        ("mode", "clip", "Unknown mode 'clip'; known: cap, exact"),
+        ("refresh_every", 0, "refresh_every must be at least 1"),
+        ("rtol", 0.0, "rtol must be in"),
+        ("target_modules", [], "non-empty list"),
+    ],
+)
+def test_bad_configurations_are_named(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LipschitzConfig(**{field: value})
+
+
+def test_configuration_round_trips(tmp_path: object) -> None:
+    config = LipschitzConfig(layer_lipschitz=0.1 + 0.2, target_modules=["query"], exclude_modules=".*1.*")
+    assert LipschitzConfig.from_dict(config.to_dict()) == config
+    config.save_pretrained(tmp_path)
+    assert LipschitzConfig.from_pretrained(tmp_path) == config
+    with pytest.raises(ValueError, match="has no field layer_lipshitz"):
+        LipschitzConfig.from_dict({"layer_lipshitz": 1.0})
+    with pytest.raises(ValueError, match=r"holds no lipschitz_config\.json"):
+        LipschitzConfig.from_pretrained("/nonexistent")
+
+
+def test_public_names() -> None:
+    assert set(hf_lipschitz.__all__) >= {"lipschitzify", "merge", "materialized", "LipschitzConfig", "register_method"}
+    assert "inspect" not in hf_lipschitz.__all__
+    assert callable(hf_lipschitz.inspect)

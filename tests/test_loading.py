@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertTokenizer,
+    PreTrainedModel,
+    pipeline,
+)
+
+from hf_lipschitz.configuration import LipschitzConfig
+from hf_lipschitz.conversion import lipschitzify, materialized, merge
+from hf_lipschitz.nn.attachment import constrained_layers
+from tests.families import FAMILIES, bert, example
+from tests.operators import dense_norm
+
+
+WITHOUT_THE_LIBRARY = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification, AutoModelForImageClassification
+inputs = torch.load(sys.argv[1])
+auto = AutoModelForSequenceClassification if "input_ids" in inputs else AutoModelForImageClassification
+model = auto.from_pretrained(sys.argv[2])
+assert "hf_lipschitz" not in sys.modules
+torch.save(model(**inputs).logits, sys.argv[3])
+"""
+
+
+def load(directory: Path, model: PreTrainedModel, **options: object) -> PreTrainedModel:
+    is_text = model.main_input_name == "input_ids"
+    auto = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
+    return auto.from_pretrained(directory, **options)
+
+
+@pytest.mark.parametrize("options", [{"layer_lipschitz": 0.1}, {"layer_lipschitz": None}, {"mode": "exact"}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reload_is_bit_equal_and_goes_on(family: str, options: dict[str, object], tmp_path: Path) -> None:
+    model = lipschitzify(FAMILIES[family]().eval(), **options)
+    inputs = example(model)
+    expected = model(**inputs).logits
+    count = len(list(constrained_layers(model)))
+    for generation in ("first", "second"):
+        model.save_pretrained(tmp_path / generation)
+        model = load(tmp_path / generation, model)
+        assert torch.equal(model(**inputs).logits, expected)
+        assert replace(model.config.quantization_config, layers=None) == LipschitzConfig(**options)
+        assert len(list(constrained_layers(model))) == count
+    constants = [layer.parametrization.lipschitz.item() for layer in constrained_layers(model)]
+    assert not hasattr(model, "hf_quantizer")
+    assert not model.is_quantized
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.1)
+    model(**inputs).logits.sum().backward()
+    optimizer.step()
+    for layer, constant in zip(constrained_layers(model), constants, strict=True):
+        weight = layer.effective_weight
+        if weight.dim() == 2:
+            assert dense_norm(weight) <= constant * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "resnet"])
+def test_without_the_library_the_logits_are_the_same(family: str, tmp_path: Path) -> None:
+    model = lipschitzify(FAMILIES[family]().eval(), layer_lipschitz=0.1)
+    inputs = example(model)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_LIBRARY, tmp_path / "inputs.pt", tmp_path / "model", tmp_path / "out.pt"],
+        check=True,
+    )
+    assert torch.equal(torch.load(tmp_path / "out.pt"), model(**inputs).logits)
+
+
+def test_pipelines_of_transformers_take_the_directory(tmp_path: Path) -> None:
+    model = lipschitzify(bert().eval(), layer_lipschitz=0.1)
+    model.save_pretrained(tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "film"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    classifier = pipeline("text-classification", model=str(tmp_path), device="cpu")
+    ids = classifier.tokenizer("a good film", return_tensors="pt")
+    assert classifier("a good film")[0]["score"] == pytest.approx(
+        model(**ids).logits.softmax(-1).max().item(), abs=1e-6
+    )
+
+
+def test_sharded_and_bfloat16(tmp_path: Path) -> None:
+    model = lipschitzify(bert().eval(), layer_lipschitz=0.1)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    inputs = example(model)
+    assert torch.equal(load(tmp_path, model)(**inputs).logits, model(**inputs).logits)
+    half = load(tmp_path, model, dtype=torch.bfloat16)
+    for layer in constrained_layers(half):
+        assert layer.effective_weight.dtype == torch.bfloat16
+        assert layer.parametrization.lipschitz.item() == 0.1
+        assert dense_norm(layer.effective_weight) <= 0.1
+
+
+def test_a_new_head_is_initialised_and_constrained(tmp_path: Path) -> None:
+    model = lipschitzify(bert().eval(), layer_lipschitz=0.01)
+    model.save_pretrained(tmp_path)
+    wider = load(tmp_path, model, num_labels=7, ignore_mismatched_sizes=True)
+    encoder = AutoModel.from_pretrained(tmp_path)
+    encoder.save_pretrained(tmp_path / "encoder")
+    grown = load(tmp_path / "encoder", model, num_labels=7)
+    for classifier in (wider.classifier, grown.classifier):
+        weight = classifier.weight.detach()
+        assert weight.shape == (7, 24)
+        assert torch.isfinite(weight).all()
+        assert 0 < dense_norm(weight) <= 0.01
+        raw = classifier.parametrizations.weight.original
+        assert 0.01 < raw.std().item() < 0.04
+    inputs = example(model)
+    expected = model.bert(**inputs).last_hidden_state
+    assert torch.equal(grown.bert(**inputs).last_hidden_state, expected)
+    assert torch.equal(wider.bert(**inputs).last_hidden_state, expected)
+
+
+def test_merged_and_materialized_models_save_plain_checkpoints(tmp_path: Path) -> None:
+    model = lipschitzify(bert().eval(), layer_lipschitz=0.1)
+    inputs = example(model)
+    expected = model(**inputs).logits
+    with materialized(model):
+        model.save_pretrained(tmp_path / "materialized")
+    model.save_pretrained(tmp_path / "raw")
+    merge(model).save_pretrained(tmp_path / "merged")
+    for name in ("materialized", "merged"):
+        keys = load_file(tmp_path / name / "model.safetensors")
+        assert not any("parametrizations" in key for key in keys)
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text())
+        plain = load(tmp_path / name, model)
+        assert list(constrained_layers(plain)) == []
+        assert torch.equal(plain(**inputs).logits, expected)
+    assert torch.equal(load(tmp_path / "raw", model)(**inputs).logits, expected)
+
+
+def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
+    model = lipschitzify(bert().eval(), layer_lipschitz=0.1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    complete = load_file(file)
+
+    def without(part: str) -> None:
+        save_file({k: v for k, v in complete.items() if part not in k}, file, metadata={"format": "pt"})
+
+    without("parametrizations")
+    with pytest.raises(ValueError, match="hold none of its raw tensors"):
+        load(tmp_path, model)
+    without("pooler.dense.parametrizations")
+    with pytest.raises(ValueError, match="incomplete"):
+        load(tmp_path, model)
+    without("pooler.dense.parametrizations.weight.0.lipschitz")
+    with pytest.raises(ValueError, match="no constant for bert.pooler.dense: it is incomplete"):
+        load(tmp_path, model)
+    file.unlink()
+    with pytest.raises(OSError, match="no file named"):
+        load(tmp_path, model)
+
+
+def test_the_configuration_is_no_argument_of_from_pretrained(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Load the plain model, then constrain it"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=LipschitzConfig())

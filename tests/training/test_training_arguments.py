@@ -1,0 +1,68 @@
+import math
+
+import pytest
+from transformers import HfArgumentParser
+
+from hf_lipschitz.training import LipschitzTrainingArguments
+
+
+def test_everything_is_off_by_default(tmp_path):
+    args = LipschitzTrainingArguments(str(tmp_path))
+    assert (args.activation_decay, args.curvature_weight, args.noise_sigma, args.lipschitz_schedule) == (
+        0,
+        0,
+        0,
+        "none",
+    )
+
+
+def test_command_line(tmp_path):
+    line = (
+        f"--output_dir {tmp_path} --activation_decay 0.1 --curvature_weight 0.2 --curvature hutchinson "
+        "--curvature_every 3 --curvature_modules layer.1 classifier --noise_sigma 0.25 --lipschitz_schedule linear "
+        "--lipschitz_target 1.5 --lipschitz_schedule_ratio 0.75 --head_module classifier --learning_rate 0.01"
+    )
+    (args,) = HfArgumentParser(LipschitzTrainingArguments).parse_args_into_dataclasses(line.split())
+    assert args.activation_decay == 0.1
+    assert args.curvature_weight == 0.2
+    assert args.curvature_every == 3
+    assert args.curvature_modules == ["layer.1", "classifier"]
+    assert args.noise_sigma == 0.25
+    assert args.lipschitz_schedule == "linear"
+    assert args.lipschitz_target == 1.5
+    assert args.lipschitz_schedule_ratio == 0.75
+    assert args.head_module == "classifier"
+    assert args.learning_rate == 0.01
+
+
+def test_help_prints(capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(LipschitzTrainingArguments).parse_args_into_dataclasses(["--help"])
+    assert "--activation_decay" in capsys.readouterr().out
+
+
+def test_dictionary_round_trip(tmp_path):
+    args = LipschitzTrainingArguments(str(tmp_path), activation_decay=0.5, curvature_modules=["classifier"])
+    (again,) = HfArgumentParser(LipschitzTrainingArguments).parse_dict(args.to_dict(), allow_extra_keys=True)
+    assert again.activation_decay == 0.5
+    assert again.curvature_modules == ["classifier"]
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"activation_decay": -1.0}, "activation_decay must be finite and >= 0.*0 turns it off"),
+    ({"activation_decay": math.nan}, "activation_decay must be finite"),
+    ({"curvature_weight": math.inf}, "curvature_weight must be finite"),
+    ({"noise_sigma": -0.1}, "noise_sigma must be finite"),
+    ({"curvature": "cure"}, "unknown curvature 'cure'; known: hutchinson"),
+    ({"curvature_every": 0}, "curvature_every must be at least 1"),
+    ({"curvature_modules": []}, "curvature_modules is empty"),
+    ({"lipschitz_schedule": "cosine"}, "unknown lipschitz_schedule 'cosine'; known: none, linear"),
+    ({"lipschitz_schedule_ratio": 0.0}, "lipschitz_schedule_ratio must be in"),
+    ({"lipschitz_schedule_ratio": 1.1}, "lipschitz_schedule_ratio must be in"),
+    ({"lipschitz_schedule_ratio": math.nan}, "lipschitz_schedule_ratio must be in"),
+    ({"lipschitz_schedule": "linear", "lipschitz_target": -1.0}, "lipschitz_target must be positive"),
+    ({"lipschitz_target": 1.0}, "lipschitz_target needs a schedule"),
+])  # fmt: skip
+def test_errors_name_the_fix(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        LipschitzTrainingArguments(str(tmp_path), **values)

@@ -1,0 +1,36 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_step import CASES, step
+
+
+SCRIPT = Path(__file__).with_name("distributed_step.py")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two real processes has after the step."""
+    directory = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(directory)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_step_on_two_processes_is_the_step_on_one(case, two_processes, tmp_path):
+    weights, logs = step(case, str(tmp_path))
+    for rank in range(2):
+        theirs, their_logs = two_processes[rank][case]
+        assert theirs.keys() == weights.keys()
+        assert max((theirs[name] - value).abs().max().item() for name, value in weights.items()) <= 1e-6
+        for name in ("task_loss", "activation_decay", "max_layer_norm", "lipschitz_constant"):
+            assert their_logs[name] == pytest.approx(logs[name], rel=1e-5)
+    assert logs["activation_decay"] > 0.01
