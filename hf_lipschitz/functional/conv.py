@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.functional.checks import check_weight
-from hf_lipschitz.functional.gram import UNIT_ROUNDOFF, GramBracket, gram_bracket
+from hf_lipschitz.functional.gram import UNIT_ROUNDOFF, GramBracket, largest_gram_bracket
 
 
 # A grid of 8(k - 1) frequencies an axis costs at most a factor 1/cos(π/16) = 1.0196 an axis.
@@ -156,14 +156,12 @@ def _worst_frequency(
     dtype = torch.promote_types(kernel.dtype, torch.float64 if certified else torch.float32)
     folded = _folded(kernel.detach().to(dtype), geometry)
     matrices = _transfer_matrices(folded)
-    brackets = gram_bracket(matrices, rtol)
-    flat = brackets.upper.argmax()
-    where = torch.unravel_index(flat, brackets.upper.shape)
-    upper = brackets.upper[where] + _transform_loss(folded)
+    bracket, index = largest_gram_bracket(matrices.flatten(0, -3), rtol)
+    where = torch.unravel_index(index, matrices.shape[:-2])
     factor = math.prod(
         [_riesz_factor(taps) for taps in folded.shape[3:]] + [_padding_norm(p, geometry) for p in geometry.padding]
     )
-    worst = GramBracket(brackets.lower[where], upper, brackets.left[where], brackets.right[where])
+    worst = bracket._replace(upper=bracket.upper + _transform_loss(folded))
     return worst, factor * (1 + 1e-14), where
 
 

@@ -73,18 +73,34 @@ def gram_bracket(
     w: Tensor, rtol: float = 1e-3, *, certified: bool = False, max_iterations: int = MAX_ITERATIONS
 ) -> GramBracket:
     """The bracket of [`spectral_norm_bound`] with the leading pair of singular vectors, which are estimates."""
-    check_matrix(w)
-    if not rtol > 0:
-        raise ValueError(f"rtol must be positive, got {rtol}; 1e-3 is the usual choice")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    _check_arguments(w, rtol, max_iterations)
     matrix = w.detach().to(_computation_dtype(w.dtype, certified))
     is_tall = matrix.shape[-2] >= matrix.shape[-1]
     tall = matrix if is_tall else matrix.mH
     with full_precision(w.device.type):
         lower, upper, v = _iterate(tall, rtol, max_iterations)
-        u = _unit(scale_by_power_of_two(tall, -_matrix_exponent(tall)) @ v.unsqueeze(-1)).squeeze(-1)
+        u = _image(tall, v)
     return GramBracket(lower, upper, u, v) if is_tall else GramBracket(lower, upper, v, u)
+
+
+@torch.no_grad()
+def largest_gram_bracket(
+    w: Tensor, rtol: float = 1e-3, *, certified: bool = False, max_iterations: int = MAX_ITERATIONS
+) -> tuple[GramBracket, Tensor]:
+    """Bracket of the largest norm in a batch `(batch, m, n)`, and the index of the matrix whose upper end it is.
+
+    A matrix leaves the batch as soon as its upper end is below the lower end of another one, so that most of them cost
+    one or two steps.
+    """
+    _check_arguments(w, rtol, max_iterations)
+    matrix = w.detach().to(_computation_dtype(w.dtype, certified))
+    is_tall = matrix.shape[-2] >= matrix.shape[-1]
+    tall = matrix if is_tall else matrix.mH
+    with full_precision(w.device.type):
+        lower, upper, v, index = _iterate_largest(tall, rtol, max_iterations)
+        u = _image(tall[index], v)
+    left, right = (u, v) if is_tall else (v, u)
+    return GramBracket(lower, upper, left, right), index
 
 
 def gram_norm(w: Tensor, num_iterations: int = 7) -> Tensor:
@@ -178,11 +194,43 @@ def _iterate(g: Tensor, rtol: float, max_iterations: int) -> tuple[Tensor, Tenso
     return lower * (1 - allowance), upper * (1 + allowance), v
 
 
+def _iterate_largest(g: Tensor, rtol: float, max_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    allowance = _allowance(g)
+    exponents: list[Tensor] = []
+    losses: list[Tensor] = []
+    indices = torch.arange(g.shape[0], device=g.device)
+    for _ in range(max_iterations):
+        g, exponent, loss = _gram_step(g)
+        exponents.append(exponent)
+        losses.append(loss)
+        low, high, v = _top_eigenvalue(g, loss)
+        lower, upper = _back_to_scale(low, high, exponents, losses)
+        best, worst = lower.max(), upper.argmax()
+        if bool(upper[worst] <= best * (1 + rtol)):
+            break
+        keep = upper >= best
+        g, indices = g[keep], indices[keep]
+        exponents, losses = [e[keep] for e in exponents], [x[keep] for x in losses]
+    return best * (1 - allowance), upper[worst] * (1 + allowance), v[worst], indices[worst]
+
+
 def _gram_step(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """HᴴH with H = 2^{-e}G of entries near one, with e and a bound of the rounding of the product."""
     exponent = _matrix_exponent(g)
     h = scale_by_power_of_two(g, -exponent)
     return h.mH @ h, exponent[..., 0, 0], _product_loss(h)
+
+
+def _image(w: Tensor, v: Tensor) -> Tensor:
+    return _unit(scale_by_power_of_two(w, -_matrix_exponent(w)) @ v.unsqueeze(-1)).squeeze(-1)
+
+
+def _check_arguments(w: Tensor, rtol: float, max_iterations: int) -> None:
+    check_matrix(w)
+    if not rtol > 0:
+        raise ValueError(f"rtol must be positive, got {rtol}; 1e-3 is the usual choice")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
 
 
 def _back_to_scale(low: Tensor, high: Tensor, exponents: list[Tensor], losses: list[Tensor]) -> tuple[Tensor, Tensor]:

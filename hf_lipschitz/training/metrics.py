@@ -28,7 +28,8 @@ class RunningMeans:
     def take(self) -> dict[str, float]:
         """The means over all processes, which all have to call it; starts anew."""
         pairs = gather_object([(name, self._sums[name], self._counts[name]) for name in self._sums])
-        self.__init__()
+        self._sums.clear()
+        self._counts.clear()
         names = dict.fromkeys(name for name, _, _ in pairs)
         totals = {name: [sum(p[i] for p in pairs if p[0] == name) for i in (1, 2)] for name in names}
         return {name: total / count for name, (total, count) in totals.items()}
@@ -40,7 +41,7 @@ def finite_values(terms: Mapping[str, Tensor], step: int) -> dict[str, float]:
     Raises:
         RuntimeError: one is NaN or inf; the message names it.
     """
-    values = dict(zip(terms, torch.stack([term.detach().double() for term in terms.values()]).tolist(), strict=True))
+    values = dict(zip(terms, torch.stack([term.detach().float() for term in terms.values()]).tolist(), strict=True))
     for name, value in values.items():
         if not math.isfinite(value):
             fix = "check the data" if name == "task_loss" else "lower its weight"

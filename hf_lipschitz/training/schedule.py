@@ -73,10 +73,9 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
 
     def constant(self, start: float, step: int, max_steps: int) -> float:
         """The constant after `step` of `max_steps` steps."""
-        share = step / (self.ratio * max_steps)
-        if share >= 1:
+        if self._is_over(step, max_steps):
             return self.target
-        return start + (self.target - start) * SCHEDULES[self.schedule](share)
+        return start + (self.target - start) * SCHEDULES[self.schedule](step / (self.ratio * max_steps))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -133,7 +132,10 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
         for layer in constrained_layers(model):
             constant = self.constant(self.starts[_key(layer)], state.global_step, state.max_steps)
             layer.parametrization.set_constant(constant)
-        _describe(model, self.target if state.global_step >= self.ratio * state.max_steps else None)
+        _describe(model, self.target if self._is_over(state.global_step, state.max_steps) else None)
+
+    def _is_over(self, step: int, max_steps: int) -> bool:
+        return step >= self.ratio * max_steps
 
 
 def _key(layer: ConstrainedLayer) -> str:

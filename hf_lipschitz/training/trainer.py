@@ -143,7 +143,7 @@ class LipschitzTrainer(Trainer):
         if len(calls) != 1:
             raise RuntimeError(
                 f"activation_decay: the head was called {len(calls)} times in a forward; name the classifier's last "
-                "layer by head_module, and do not compile the model"
+                "layer by head_module"
             )
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         return self.args.activation_decay * activation_decay(example_activations(calls[0], logits))
@@ -178,6 +178,10 @@ class LipschitzTrainer(Trainer):
             raise ValueError("LipschitzTrainer needs whole weights on each device: launch without FSDP and DeepSpeed")
         if self.args.n_gpu > 1:
             raise ValueError("LipschitzTrainer runs one process a device: launch with torchrun or accelerate launch")
+        if self.args.torch_compile and (self.args.activation_decay > 0 or self.args.noise_sigma > 0):
+            raise ValueError(
+                "activation_decay and noise_sigma use hooks, which compiled models skip: torch_compile=False"
+            )
 
     def _check_model(self) -> None:
         core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lipschitz.functional import gram_norm, spectral_norm_bound
-from hf_lipschitz.functional.gram import gram_bracket
+from hf_lipschitz.functional.gram import gram_bracket, largest_gram_bracket
 from tests.operators import dense_norm
 
 
@@ -80,6 +80,22 @@ def test_certified_mode_needs_float64_where_float32_products_round_down() -> Non
         leading = gram_bracket(w, 1e-6).right
         undershoots += torch.linalg.vector_norm(w @ leading).item() < exact
     assert undershoots > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1.0])
+def test_the_largest_of_a_batch_is_bracketed(spread: float, dtype: torch.dtype) -> None:
+    """Also where all matrices are equal or nearly so, and none can be left out early."""
+    base = torch.randn(1, 9, 6, dtype=dtype)
+    w = base + spread * torch.randn(40, 9, 6, dtype=dtype)
+    bracket, index = largest_gram_bracket(w, 1e-4)
+    exact = dense_norm(w)
+    assert bracket.lower.item() <= exact <= bracket.upper.item() <= exact * (1 + 2e-4)
+    assert dense_norm(w[index]) >= exact * (1 - 2e-4)
+    image = w[index] @ bracket.right.to(dtype)
+    assert torch.linalg.vector_norm(image).item() == pytest.approx(exact, rel=3e-4)
+    zeros, _ = largest_gram_bracket(torch.zeros(3, 2, 2, dtype=dtype))
+    assert zeros.upper.item() == 0
 
 
 def test_repeated_singular_values_cost_nothing() -> None:

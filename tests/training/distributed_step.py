@@ -13,7 +13,7 @@ from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
 CASES = {"image": vit, "text": gpt2}
 
 
-def step(case, directory):
+def step(case, directory, **values):
     """The weights after the step, and what was logged."""
     model = lipschitzify(CASES[case](initializer_range=0.3), layer_lipschitz=0.5)
     args = LipschitzTrainingArguments(
@@ -28,6 +28,7 @@ def step(case, directory):
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
+        **values,
     )
     trainer = LipschitzTrainer(model, args, train_dataset=Examples(model))
     trainer.train()
@@ -36,4 +37,5 @@ def step(case, directory):
 
 if __name__ == "__main__":
     results = {case: step(case, sys.argv[1]) for case in CASES}
+    results["curvature"] = step("text", sys.argv[1], curvature_weight=0.1)
     torch.save(results, os.path.join(sys.argv[1], f"rank{os.environ['RANK']}.pt"))

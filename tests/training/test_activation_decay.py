@@ -61,6 +61,10 @@ def test_head_is_found_by_its_outputs(build, name):
     assert find_head(build())[0] == name
 
 
+def test_head_is_the_last_of_the_layers_as_wide_as_the_labels():
+    assert find_head(roberta(num_labels=8))[0] == "classifier.out_proj"
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_penalty_bounds_the_loss_under_noise_on_the_last_layer(scale):
     generator = torch.Generator().manual_seed(1)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import Examples, bert, gpt2, resnet, vit
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments, ViTImageProcessor
@@ -248,11 +249,38 @@ def test_what_the_model_lacks_is_an_error_before_training(tmp_path):
         trainer_for(vit(), tmp_path, noise_sigma=1.0)
 
 
+def test_launches_that_are_not_covered_are_errors(tmp_path):
+    trainer = trainer_for(bert(), tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="launch without FSDP and DeepSpeed"):
+        trainer._check_launch()
+    trainer = trainer_for(bert(), tmp_path)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="launch with torchrun"):
+        trainer._check_launch()
+    with pytest.raises(ValueError, match="torch_compile=False"):
+        trainer_for(bert(), tmp_path, torch_compile=True, activation_decay=1.0)
+
+
+def test_adapters_on_a_constrained_model_train(tmp_path):
+    model = lipschitzify(bert(), layer_lipschitz=0.5)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2))
+    values = {"activation_decay": 0.5, "curvature_weight": 0.1, "max_steps": 2}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = trainer_for(model, tmp_path, **values)
+    trainer.train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert moved <= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("lora_B" in name for name in moved)
+    assert any("classifier" in name for name in moved)
+    assert trainer.state.log_history[0]["curvature"] > 0
+    assert trainer.state.log_history[0]["activation_decay"] > 0
+
+
 def test_batch_without_labels_is_an_error(tmp_path):
     model = bert()
     dataset = Examples(model)
     dataset.columns.pop("labels")
-    dataset.__class__ = type("Unlabelled", (Examples,), {"__len__": lambda self: 8})
     with pytest.raises(ValueError, match="no labels, only input_ids.*column 'labels'"):
         trainer_for(model, tmp_path, dataset).train()
 

@@ -34,3 +34,11 @@ def test_step_on_two_processes_is_the_step_on_one(case, two_processes, tmp_path)
         for name in ("task_loss", "activation_decay", "max_layer_norm", "lipschitz_constant"):
             assert their_logs[name] == pytest.approx(logs[name], rel=1e-5)
     assert logs["activation_decay"] > 0.01
+
+
+def test_processes_agree_after_a_step_with_curvature(two_processes):
+    (first, logs), (second, _) = (results["curvature"] for results in two_processes)
+    assert logs["curvature"] > 0
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    without = two_processes[0]["text"][0]
+    assert any(not torch.equal(without[name], value) for name, value in first.items())

@@ -79,7 +79,7 @@ class Examples(Dataset):
             self.columns |= {"input_ids": ids * mask + PAD * (1 - mask), "attention_mask": mask}
 
     def __len__(self):
-        return len(self.columns["labels"])
+        return len(next(iter(self.columns.values())))
 
     def __getitem__(self, index):
         return {name: column[index] for name, column in self.columns.items()}
