@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return subprocess.run(
+        [sys.executable, *command, "-m", "tests.distributed.certify", *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_two_processes_return_and_write_what_one_does(tmp_path: Path) -> None:
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        done = launch(processes, folder)
+        assert done.returncode == 0, done.stderr
+    (single,) = (tmp_path / "1").glob("1-*.json")
+    expected = json.loads(single.read_text())
+    assert [certificate["index"] for certificate in expected] == list(range(7))
+    assert len({certificate["p_lower"] for certificate in expected}) > 1
+    for rank in (0, 1):
+        assert json.loads((tmp_path / "2" / f"2-{rank}.json").read_text()) == expected
+    assert (tmp_path / "1" / "results.jsonl").read_bytes() == (tmp_path / "2" / "results.jsonl").read_bytes()
+
+
+def test_a_failure_in_one_process_stops_all_of_them(tmp_path: Path) -> None:
+    done = launch(2, tmp_path, "fail")
+    assert done.returncode != 0
+    assert "process 1 failed to certify its share" in done.stderr
