@@ -7,6 +7,7 @@ from hf_lipschitz.integrations.registration import register
 from hf_lipschitz.methods import register_method
 from hf_lipschitz.pipelines import CertifiedClassificationPipeline
 from hf_lipschitz.report import LipschitzReport, inspect  # noqa: F401  not in __all__: the name of a stdlib module
+from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
 from hf_lipschitz.version import __version__
 
 
@@ -18,6 +19,9 @@ __all__ = [
     "materialized",
     "merge",
     "register_method",
+    # train
+    "LipschitzTrainer",
+    "LipschitzTrainingArguments",
     # certify
     "ABSTAIN",
     "Certificate",

@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 118)
 errors = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Hub id or local directory of a model.")]

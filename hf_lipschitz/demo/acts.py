@@ -66,11 +66,11 @@ def text_act(data: LabelledData, model_name: str | None = None, **overrides: Any
         model_name=model_name,
         base_model=model_name or "sentence-transformers/all-MiniLM-L6-v2",
         smoothing=SmoothingConfig(sigma=0.1, n0=100, n=400, alpha=1e-3, batch_size=100),
-        certify=60,
+        certify=40,
         radii=(0.0, 0.05, 0.1, 0.15, 0.2),
         constraint=LipschitzConfig(layer_lipschitz=None),
         training={
-            "num_train_epochs": 4,
+            "num_train_epochs": 2,
             "per_device_train_batch_size": 16,
             "learning_rate": 1e-4,
             "noise_sigma": 0.1,
@@ -95,7 +95,7 @@ def vision_act(data: LabelledData, model_name: str | None = None, **overrides: A
         radii=(0.0, 0.5, 1.0, 1.5, 2.0),
         constraint=LipschitzConfig(layer_lipschitz=None),
         training={
-            "num_train_epochs": 6,
+            "num_train_epochs": 4,
             "per_device_train_batch_size": 64,
             "learning_rate": 3e-3,
             "noise_sigma": 0.5,

@@ -168,7 +168,9 @@ class GramParametrization(nn.Module):
             self.lipschitz = constant.to(self.lipschitz.device)
         if reference is not None:
             self._reference = _moved(reference, fn)
-            self._is_loose = True
+            self._is_loose |= self._reference is not None and bool(
+                self._reference.bound.to(reference.bound.device) != reference.bound
+            )
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,10 +189,12 @@ def _moved(reference: Reference, fn: Callable[[Tensor], Tensor]) -> Reference | 
     weight = fn(reference.weight)
     if weight.is_meta:
         return None
+    bound, left, right = (x.to(weight.device) for x in reference[1:])
     wide = weight.to(reference.weight.device, torch.float64)
     change = torch.linalg.vector_norm(wide - reference.weight)
-    rounding = torch.finfo(weight.dtype).eps / 2 * torch.linalg.vector_norm(wide)
-    bound, left, right = (x.to(weight.device) for x in (reference.bound + change + rounding, *reference[2:]))
+    if change != 0 or weight.dtype != reference.weight.dtype:
+        rounding = torch.finfo(weight.dtype).eps / 2 * torch.linalg.vector_norm(wide)
+        bound = bound + (change + rounding).to(bound.device)
     return Reference(weight, bound, left, right)
 
 

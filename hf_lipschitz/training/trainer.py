@@ -21,7 +21,6 @@ from hf_lipschitz.training.curvature import curvature_penalty
 from hf_lipschitz.training.head import find_head
 from hf_lipschitz.training.metrics import RunningMeans, finite_values, layer_metrics
 from hf_lipschitz.training.randomness import Draws
-from hf_lipschitz.training.references import RefreshCallback
 from hf_lipschitz.training.schedule import LipschitzScheduleCallback, schedule_target
 from hf_lipschitz.training.selection import curvature_layers
 
@@ -79,7 +78,6 @@ class LipschitzTrainer(Trainer):
         self._check_model()
         self._means = RunningMeans()
         self._draws = Draws(args.seed, args.process_index)
-        self.add_callback(RefreshCallback())
         if args.lipschitz_schedule != "none":
             target = schedule_target(self.model, args.lipschitz_target)
             self.add_callback(
