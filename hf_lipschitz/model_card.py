@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_lipschitz.report import LipschitzReport
+from hf_lipschitz.report import LipschitzReport, rounded_up
 from hf_lipschitz.summary import CertificationSummary
 
 
@@ -92,6 +92,7 @@ def write_model_card(
         constrained=sum(layer.lipschitz is not None for layer in report.layers),
         constant=f"{max(constants):.4g}" if constants else "their constants",
         layers=report.layers,
+        rounded_up=rounded_up,
         uncovered=sorted({module.kind for module in report.uncovered}),
         summary=summary,
         clean_accuracy=clean_accuracy,

@@ -20,6 +20,7 @@ def certified_accuracy_curve(
     path: str | os.PathLike[str],
     *,
     clean_accuracy: float | None = None,
+    clean_count: int | None = None,
     title: str | None = None,
 ) -> None:
     """Draws certified accuracy against radius as a step function, with a 95 % Clopper-Pearson band over the inputs.
@@ -33,6 +34,8 @@ def certified_accuracy_curve(
             Of the image; the ending chooses the format.
         clean_accuracy (`float`, *optional*):
             Of the base classifier on its own, drawn as a line.
+        clean_count (`int`, *optional*):
+            On how many inputs, for the legend.
         title (`str`, *optional*):
             Of the figure.
 
@@ -53,9 +56,9 @@ def certified_accuracy_curve(
     axes.stairs(high, edges, baseline=low, fill=True, color="C0", alpha=0.15, label=f"95 % interval, {count} inputs")
     axes.stairs(share, edges, baseline=None, color="C0", linewidth=2, label=_legend(certificates[0]))
     if clean_accuracy is not None:
-        axes.axhline(
-            clean_accuracy, color="0.35", linestyle="--", linewidth=1, label="base classifier, clean accuracy"
-        )
+        inputs = "" if clean_count is None else f", {clean_count} inputs"
+        label = f"base classifier, clean accuracy{inputs}"
+        axes.axhline(clean_accuracy, color="0.35", linestyle="--", linewidth=1, label=label)
     axes.set(
         xlim=(0, edges[-1]), ylim=(0, 1.02), xlabel=f"ℓ₂ radius ({certificates[0].unit})", ylabel="certified accuracy"
     )

@@ -206,14 +206,14 @@ def _layer_table(report: LipschitzReport) -> Table:
     for heading in ("weight", "norm before", "norm after", "constant"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in report.layers:
-        constant = "not constrained" if layer.lipschitz is None else _rounded_up(layer.lipschitz)
+        constant = "not constrained" if layer.lipschitz is None else rounded_up(layer.lipschitz)
         moved = layer.norm_after != layer.norm_before
         table.add_row(
             layer.name or "(the model)",
             layer.kind,
             "×".join(map(str, layer.shape)),
-            _rounded_up(layer.norm_before),
-            Text(_rounded_up(layer.norm_after), style="green" if moved else ""),
+            rounded_up(layer.norm_before),
+            Text(rounded_up(layer.norm_after), style="green" if moved else ""),
             constant,
         )
     return table
@@ -234,7 +234,7 @@ def _uncovered_table(report: LipschitzReport) -> Table:
     return table
 
 
-def _rounded_up(value: float) -> str:
+def rounded_up(value: float) -> str:
     """Four significant digits, never below the value: what is printed is a bound as well."""
     if value == 0:
         return "0"

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import ViTImageProcessor
+
+from hf_lipschitz.certification import read_results
+from hf_lipschitz.conversion import lipschitzify
+from hf_lipschitz.dataset_certification import certify_dataset, fingerprint
+from hf_lipschitz.pipelines import CertifiedClassificationPipeline
+from tests.families import resnet
+
+
+IMAGES = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8) for i in range(5)]
+LABELS = [0, 1, 2, 3, 0]
+
+
+def certifier(model: object = None, **options: object) -> CertifiedClassificationPipeline:
+    options = {"sigma": 0.25, "n": 100, "n0": 50, **options}
+    return CertifiedClassificationPipeline(
+        model=model or resnet().eval(),
+        task="certified-classification",
+        image_processor=ViTImageProcessor(size={"height": 16, "width": 16}),
+        device="cpu",
+        **options,
+    )
+
+
+def test_a_run_cut_off_anywhere_ends_up_with_the_same_bytes(tmp_path: Path) -> None:
+    pipe = certifier(certificate="lvm")
+    whole = tmp_path / "whole.jsonl"
+    certificates = certify_dataset(pipe, IMAGES, LABELS, whole, progress_bar=False)
+    assert read_results(whole).certificates == certificates
+    assert read_results(whole).config["labels"] == LABELS
+    content = whole.read_bytes()
+    for cut in (0, 10, len(content) // 2, len(content) - 3, len(content)):
+        partial = tmp_path / f"{cut}.jsonl"
+        partial.write_bytes(content[:cut])
+        assert certify_dataset(pipe, IMAGES, LABELS, partial, progress_bar=False) == certificates
+        assert partial.read_bytes() == content
+
+
+def test_nothing_is_mixed(tmp_path: Path) -> None:
+    model, path = resnet().eval(), tmp_path / "results.jsonl"
+    certify_dataset(certifier(model), IMAGES[:2], LABELS[:2], path, progress_bar=False)
+    for other in (certifier(), certifier(model, n=50), certifier(model, sigma=0.3)):
+        with pytest.raises(ValueError, match="another config"):
+            certify_dataset(other, IMAGES[:2], LABELS[:2], path, progress_bar=False)
+    with pytest.raises(ValueError, match="another config"):
+        certify_dataset(certifier(model), IMAGES[:2], [3, 3], path, progress_bar=False)
+    with pytest.raises(ValueError, match="2 inputs and 5 labels"):
+        certify_dataset(certifier(model), IMAGES[:2], LABELS, path, progress_bar=False)
+
+
+def test_certificates_out_of_order_are_refused(tmp_path: Path) -> None:
+    pipe, path = certifier(), tmp_path / "results.jsonl"
+    certify_dataset(pipe, IMAGES[:3], LABELS[:3], path, progress_bar=False)
+    header, first, second, third = path.read_text().splitlines()
+    path.write_text("\n".join([header, second, first, third]) + "\n")
+    assert json.loads(second)["index"] == 1
+    with pytest.raises(ValueError, match="out of order"):
+        certify_dataset(pipe, IMAGES[:3], LABELS[:3], path, progress_bar=False)
+
+
+def test_the_fingerprint_is_of_the_function() -> None:
+    model = resnet().eval()
+    before = fingerprint(model)
+    assert fingerprint(lipschitzify(model, layer_lipschitz=None)) == before
+    model.classifier[1].bias.data[0] += 1e-6
+    assert fingerprint(model) != before
