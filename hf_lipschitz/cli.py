@@ -116,7 +116,7 @@ def merge(model: Model, output: Annotated[Path, typer.Argument(help="Directory o
         for auto in (AutoTokenizer, AutoImageProcessor):
             try:
                 auto.from_pretrained(model).save_pretrained(output)
-            except (OSError, ValueError):
+            except (ImportError, OSError, ValueError):
                 continue
         console.print(f"plain {type(plain).__name__} written to {output}")
 

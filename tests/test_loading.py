@@ -109,10 +109,11 @@ def test_sharded_and_bfloat16(tmp_path: Path) -> None:
 def test_a_new_head_is_initialised_and_constrained(tmp_path: Path) -> None:
     model = lipschitzify(bert().eval(), layer_lipschitz=0.01)
     model.save_pretrained(tmp_path)
-    wider = load(tmp_path, model, num_labels=7, ignore_mismatched_sizes=True)
+    labels = {"id2label": {i: str(i) for i in range(7)}, "label2id": {str(i): i for i in range(7)}}
+    wider = load(tmp_path, model, **labels, ignore_mismatched_sizes=True)
     encoder = AutoModel.from_pretrained(tmp_path)
     encoder.save_pretrained(tmp_path / "encoder")
-    grown = load(tmp_path / "encoder", model, num_labels=7)
+    grown = load(tmp_path / "encoder", model, **labels)
     for classifier in (wider.classifier, grown.classifier):
         weight = classifier.weight.detach()
         assert weight.shape == (7, 24)
@@ -162,6 +163,12 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
     without("pooler.dense.parametrizations.weight.0.lipschitz")
     with pytest.raises(ValueError, match="no constant for bert.pooler.dense: it is incomplete"):
         load(tmp_path, model)
+    for constant in (torch.nan, torch.inf, -0.1):
+        key = "bert.pooler.dense.parametrizations.weight.0.lipschitz"
+        spoiled = {**complete, key: torch.tensor(constant, dtype=torch.float64)}
+        save_file(spoiled, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="layer bert.pooler.dense: the Lipschitz constant must be finite"):
+            load(tmp_path, model)
     file.unlink()
     with pytest.raises(OSError, match="no file named"):
         load(tmp_path, model)

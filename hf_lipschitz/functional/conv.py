@@ -211,6 +211,15 @@ def _transform_loss(folded: Tensor) -> Tensor:
     return 8 * UNIT_ROUNDOFF * math.log2(points) * math.sqrt(points) * torch.linalg.vector_norm(folded)
 
 
+def kernel_to_operator(shape: Sequence[int], geometry: ConvGeometry) -> float:
+    """√taps times the padding norms: the operator of a kernel E has norm at most this times ‖E‖_F."""
+    taps = 1
+    for k, stride, dilation in zip(shape[2:], geometry.stride, geometry.dilation, strict=True):
+        taps *= min(k, -(-(dilation * (k - 1) + 1) // stride))
+    padding = math.prod(_padding_norm(p, geometry) for p in geometry.padding)
+    return math.sqrt(taps) * padding * (1 + 1e-14)
+
+
 def _grid(taps: int) -> int:
     return 1 if taps == 1 else OVERSAMPLING * (taps - 1)
 

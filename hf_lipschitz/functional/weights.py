@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.functional.checks import check_weight
-from hf_lipschitz.functional.conv import ConvGeometry, conv_bound_and_direction, geometry_bound
+from hf_lipschitz.functional.conv import ConvGeometry, conv_bound_and_direction, geometry_bound, kernel_to_operator
 from hf_lipschitz.functional.gram import gram_bracket, spectral_norm_bound
 
 
@@ -47,3 +47,12 @@ def weight_norm_and_direction(
         return bracket.upper, bracket.left, bracket.right
     bound, direction = conv_bound_and_direction(weight, geometry, rtol)
     return bound, torch.ones_like(direction.flatten()[:1]), direction.flatten()
+
+
+def operator_to_frobenius(shape: torch.Size, geometry: ConvGeometry | None) -> float:
+    """Least f with ‖operator of E‖₂ <= f ‖E‖_F for every change E of a weight of this shape; a sound bound.
+
+    1 for a matrix. The transfer matrix of a kernel is a sum over its taps, so that f is the square root of their
+    number (Cauchy-Schwarz), once the stride has folded taps into channels, times the norm of the padding.
+    """
+    return 1.0 if geometry is None else kernel_to_operator(shape, geometry)

@@ -87,6 +87,7 @@ class LipschitzLoader(HfQuantizer):
                     "again with save_pretrained"
                 )
             if is_raw_loaded:
+                parametrization.check_constant()
                 parametrization.refresh()
             else:
                 parametrization.keep_or_set_constant(self.quantization_config.layer_lipschitz)

@@ -122,4 +122,5 @@ def _drop_effective_weights(
 
 def _refresh_after_loading(module: nn.Module, incompatible_keys: Any) -> None:
     for _, parametrization in _own(module):
+        parametrization.check_constant()
         parametrization.refresh()

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.functional.conv import ConvGeometry
-from hf_lipschitz.functional.weights import weight_norm_and_direction
+from hf_lipschitz.functional.weights import operator_to_frobenius, weight_norm_and_direction
 
 
 # Covers the scalar operations between a bound and the weight it rescales, each good to one unit of its dtype.
@@ -32,11 +32,11 @@ class Reference(NamedTuple):
 class GramParametrization(nn.Module):
     r"""W ↦ W / max(1, b/c), with b ≥ σ₁(W) from Gram iteration (`exact=False`), or W c/b (`exact=True`).
 
-    b = b_ref + ‖W - W_ref‖_F, where b_ref is the Gram bound of a reference weight W_ref. By Weyl's inequality the
+    b = b_ref + f‖W - W_ref‖_F, where b_ref is the Gram bound of a reference weight W_ref. By Weyl's inequality the
     value has spectral norm at most c at every read, whatever changed the weight since the reference was taken; when
     the reference is refreshed after each optimizer step the second term is zero. Its gradient is that of b at the
     reference, u vᵀ for the leading pair, and none through ‖W - W_ref‖_F. Rounding to the dtype of W is part of b_ref:
-    it adds at most u‖W‖_F, u the unit roundoff.
+    it adds at most f u‖W‖_F, u the unit roundoff; f is 1 for a matrix and √taps or more for a convolution.
 
     Args:
         geometry (`ConvGeometry`, *optional*):
@@ -90,6 +90,11 @@ class GramParametrization(nn.Module):
             raise ValueError(f"layer {self.name}: the Lipschitz constant must be finite and >= 0, got {constant}")
         self.lipschitz.fill_(constant)
 
+    def check_constant(self) -> None:
+        """Raises a ValueError where c, which may come from a file, is not a finite number of at least zero."""
+        if not self.lipschitz.is_meta:
+            self.set_constant(self.lipschitz.item())
+
     @property
     def is_bound(self) -> bool:
         """Whether [`bind`] was called."""
@@ -105,8 +110,10 @@ class GramParametrization(nn.Module):
             return weight
         reference = self._reference
         if reference is None or reference.weight.device != weight.device:
-            reference = self._reference = self._new_reference(weight.detach())
-        return constrain(weight, reference, self.lipschitz, exact=self.exact)
+            with torch.inference_mode(False):
+                reference = self._reference = self._new_reference(weight.detach().clone())
+        factor = operator_to_frobenius(weight.shape, self.geometry)
+        return constrain(weight, reference, self.lipschitz, exact=self.exact, operator_factor=factor)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         self._reference = None
@@ -152,8 +159,8 @@ class GramParametrization(nn.Module):
         bound, left, right = weight_norm_and_direction(weight, self.geometry, self.rtol)
         allowance = SCALAR_ALLOWANCE[left.dtype]
         unit_roundoff = torch.finfo(weight.dtype).eps / 2
-        frobenius = torch.linalg.vector_norm(weight, dtype=torch.float64)
-        bound = (bound + unit_roundoff * frobenius) * (1 + allowance)
+        rounding = unit_roundoff * torch.linalg.vector_norm(weight, dtype=torch.float64)
+        bound = (bound + operator_to_frobenius(weight.shape, self.geometry) * rounding) * (1 + allowance)
         return Reference(weight.clone(), bound, left, right)
 
     def train(self, mode: bool = True) -> GramParametrization:
@@ -167,7 +174,7 @@ class GramParametrization(nn.Module):
         if not constant.is_meta and not self.lipschitz.is_meta:
             self.lipschitz = constant.to(self.lipschitz.device)
         if reference is not None:
-            self._reference = _moved(reference, fn)
+            self._reference = _moved(reference, fn, operator_to_frobenius(reference.weight.shape, self.geometry))
             self._is_loose |= self._reference is not None and bool(
                 self._reference.bound.to(reference.bound.device) != reference.bound
             )
@@ -184,7 +191,7 @@ class GramParametrization(nn.Module):
 _live: weakref.WeakSet[GramParametrization] = weakref.WeakSet()
 
 
-def _moved(reference: Reference, fn: Callable[[Tensor], Tensor]) -> Reference | None:
+def _moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor: float) -> Reference | None:
     """The reference after `fn` moved or cast its weight: sound by Weyl's inequality whatever `fn` does."""
     weight = fn(reference.weight)
     if weight.is_meta:
@@ -192,26 +199,45 @@ def _moved(reference: Reference, fn: Callable[[Tensor], Tensor]) -> Reference | 
     bound, left, right = (x.to(weight.device) for x in reference[1:])
     wide = weight.to(reference.weight.device, torch.float64)
     change = torch.linalg.vector_norm(wide - reference.weight)
+    if not torch.isfinite(change):
+        return None
     if change != 0 or weight.dtype != reference.weight.dtype:
         rounding = torch.finfo(weight.dtype).eps / 2 * torch.linalg.vector_norm(wide)
-        bound = bound + (change + rounding).to(bound.device)
+        bound = bound + operator_factor * (change + rounding).to(bound.device)
     return Reference(weight, bound, left, right)
 
 
-def constrain(weight: Tensor, reference: Reference, constant: Tensor, *, exact: bool) -> Tensor:
-    """The value of [`GramParametrization`], in tensor operations only: it compiles, and runs under any transform."""
-    value = weight.to(reference.left.dtype)
-    with torch.no_grad():
-        drift = torch.linalg.vector_norm(value - reference.weight, dtype=torch.float64)
-        bound = reference.bound + drift * (1 + 2 * torch.finfo(weight.dtype).eps)
-    left, right = reference.left, reference.right
-    growth = left @ (value.reshape(left.numel(), right.numel()) @ right)
-    bound = bound + (growth - growth.detach())
-    # The clone keeps autograd from saving the buffer itself, which data parallelism overwrites between two forwards.
-    scale = constant.clone() / torch.where(bound > 0, bound, torch.ones_like(bound))
-    if not exact:
-        scale = scale.clamp(max=1.0)
-    return (value * scale).to(weight.dtype)
+def constrain(
+    weight: Tensor, reference: Reference, constant: Tensor, *, exact: bool, operator_factor: float = 1.0
+) -> Tensor:
+    """The value of [`GramParametrization`], in tensor operations only: it compiles, and runs under any transform.
+
+    `operator_factor` is that of [`operator_to_frobenius`]. NaN in the weight or in a bound gives NaN, never a weight
+    that is not constrained.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        value = weight.to(reference.left.dtype)
+        with torch.no_grad():
+            distance = torch.linalg.vector_norm(value - reference.weight, dtype=torch.float64)
+            if weight.dtype != reference.weight.dtype:
+                rounding = torch.finfo(weight.dtype).eps / 2
+                distance = distance + rounding * torch.linalg.vector_norm(value, dtype=torch.float64)
+            bound = reference.bound + operator_factor * distance * (1 + 2 * torch.finfo(weight.dtype).eps)
+        left, right = reference.left, reference.right
+        # Zero, with the gradient of the norm.
+        growth = left @ ((value - value.detach()).reshape(left.numel(), right.numel()) @ right)
+        bound = bound + growth
+        # Entries below the normal numbers are rounded by up to this much, whatever their size.
+        lost = operator_factor * _subnormal_unit(weight.dtype) * weight.numel() ** 0.5
+        # The clone keeps autograd from saving the buffer itself, which data parallelism overwrites between forwards.
+        scale = (constant.clone() - lost).clamp_min(0) / torch.where(bound == 0, torch.ones_like(bound), bound)
+        if not exact:
+            scale = torch.where(bound <= constant, torch.ones_like(scale), scale.clamp(max=1.0))
+        return (value * scale).to(weight.dtype)
+
+
+def _subnormal_unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
 
 
 def refresh_after_step(optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:

@@ -98,6 +98,28 @@ def test_the_largest_of_a_batch_is_bracketed(spread: float, dtype: torch.dtype) 
     assert zeros.upper.item() == 0
 
 
+@pytest.mark.parametrize("rows", [768, 3072, 4096, 30522])
+def test_long_sums_of_one_sign_do_not_drift_low(rows: int) -> None:
+    for value in (0.51, 0.67, 0.83, 0.99):
+        w = torch.full((rows, 2), value)
+        lower, upper = spectral_norm_bound(w)
+        exact = w[0, 0].double().item() * (2 * rows) ** 0.5
+        assert lower.item() <= exact <= upper.item()
+    wide = torch.rand(3, 2 * rows // 3) + 0.5
+    assert spectral_norm_bound(wide)[1].item() >= dense_norm(wide)
+
+
+def test_a_nearly_rank_one_matrix_does_not_push_itself_out_of_the_batch() -> None:
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        u, v = (torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0) for _ in range(2))
+        q = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+        w = torch.stack([torch.outer(u, v), q @ torch.diag(torch.linspace(0.5, 0.9, 16)) @ q.mT])
+        bracket, index = largest_gram_bracket(w)
+        assert index.item() == 0
+        assert bracket.lower.item() <= dense_norm(w) <= bracket.upper.item()
+
+
 def test_repeated_singular_values_cost_nothing() -> None:
     q = torch.linalg.qr(torch.randn(512, 512, dtype=torch.float64)).Q
     lower, upper = spectral_norm_bound(q, 1e-6)

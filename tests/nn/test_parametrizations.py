@@ -78,6 +78,57 @@ def test_rounding_to_the_stored_dtype_is_covered(dtype: torch.dtype) -> None:
             assert all(0.45 <= norm <= 0.5 for norm in norms(model))
 
 
+@pytest.mark.parametrize("constant", [1e-2, 9e-5])
+def test_rounding_below_the_normal_numbers_of_float16_is_covered(constant: float) -> None:
+    linear = nn.Linear(700, 700).half()
+    linear.weight.data.fill_(1.0)
+    lipschitzify(linear, layer_lipschitz=constant)
+    assert dense_norm(linear.weight) <= constant
+
+
+def test_a_bound_that_is_lost_never_lifts_the_constraint() -> None:
+    large = nn.Linear(64, 64)
+    large.weight.data = torch.eye(64) * 1e5
+    lipschitzify(large, layer_lipschitz=1.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert dense_norm(large.weight) <= 1
+    huge = nn.Linear(100, 100)
+    huge.weight.data.fill_(3e38)
+    lipschitzify(huge, layer_lipschitz=1.0)
+    assert dense_norm(huge.weight) <= 1
+    garbage = lipschitzify(nn.Linear(8, 8), layer_lipschitz=1.0)
+    garbage.parametrizations.weight[0]._apply(lambda t: torch.full_like(t, torch.nan))
+    garbage.parametrizations.weight.original.data.copy_(torch.randn(8, 8) * 10)
+    assert dense_norm(garbage.weight) <= 1
+
+
+def test_a_weight_read_in_another_dtype_than_the_reference_is_covered() -> None:
+    linear = nn.Linear(3, 3)
+    linear.weight.data.fill_(1.0)
+    lipschitzify(linear, layer_lipschitz=1.0)
+    linear.parametrizations.weight.original.data = torch.ones(3, 3, dtype=torch.bfloat16)
+    assert dense_norm(linear.weight) <= 1
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "replicate"])
+def test_a_convolution_far_from_its_reference_is_bounded_as_an_operator(padding_mode: str) -> None:
+    """Its operator norm may exceed the Frobenius norm of the kernel: by the root of the number of taps."""
+    module = nn.Conv2d(1, 1, 3, padding=1, padding_mode=padding_mode, bias=False)
+    lipschitzify(module, layer_lipschitz=0.5, refresh_every=1000)
+    module.parametrizations.weight.original.data.fill_(1.0)
+    plain = nn.Conv2d(1, 1, 3, padding=1, padding_mode=padding_mode, bias=False)
+    plain.weight.data = module.weight.detach()
+    assert conv_norm(plain, (24, 24)) <= 0.5
+
+
+def test_inference_mode_reads_leave_training_possible() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    model[0].weight = torch.randn(30, 20)
+    with torch.inference_mode():
+        model(torch.randn(3, 20))
+    model(torch.randn(3, 20)).sum().backward()
+
+
 def test_exact_mode_reaches_the_constant_and_cap_mode_leaves_small_layers_alone() -> None:
     plain = mlp()
     exact = lipschitzify(copy.deepcopy(plain), layer_lipschitz=3.0, mode="exact")
