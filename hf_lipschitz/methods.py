@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lipschitz.configuration import LipschitzConfig
-from hf_lipschitz.functional.conv import ConvGeometry, conv_geometry
+from hf_lipschitz.functional.geometry import ConvGeometry, conv_geometry
 from hf_lipschitz.nn.attachment import attach
 from hf_lipschitz.nn.parametrizations import GramParametrization
 

@@ -10,16 +10,23 @@ from torch import Tensor
 
 from hf_lipschitz.functional.checks import check_matrix
 from hf_lipschitz.functional.precision import full_precision
-from hf_lipschitz.functional.scaling import exponent_of, scale_by_power_of_two
+from hf_lipschitz.functional.products import (
+    UNIT_ROUNDOFF,
+    allowance_of,
+    computation_dtype,
+    frobenius,
+    gamma,
+    is_double,
+    matrix_exponent,
+    product,
+    product_loss,
+    square_norm,
+    unit,
+    wide_dtype,
+)
+from hf_lipschitz.functional.scaling import scale_by_power_of_two
 
 
-# In float32, sums over at most FLOAT32_BLOCK terms were seen to lose at most 5e-6 of the norm, also where all terms
-# have one sign; float64 products are bounded by analysis, and its allowance covers the few dozen scalar operations
-# after them.
-FLOAT32_ALLOWANCE = 1e-5
-FLOAT64_ALLOWANCE = 1e-13
-UNIT_ROUNDOFF = 2.0**-53
-FLOAT32_BLOCK = 512
 MAX_ITERATIONS = 24
 
 
@@ -77,7 +84,7 @@ def gram_bracket(
 ) -> GramBracket:
     """The bracket of [`spectral_norm_bound`] with the leading pair of singular vectors, which are estimates."""
     _check_arguments(w, rtol, max_iterations)
-    matrix = w.detach().to(_computation_dtype(w.dtype, certified))
+    matrix = w.detach().to(computation_dtype(w.dtype, certified))
     is_tall = matrix.shape[-2] >= matrix.shape[-1]
     tall = matrix if is_tall else matrix.mH
     with full_precision(w.device.type):
@@ -96,7 +103,7 @@ def largest_gram_bracket(
     one or two steps.
     """
     _check_arguments(w, rtol, max_iterations)
-    matrix = w.detach().to(_computation_dtype(w.dtype, certified))
+    matrix = w.detach().to(computation_dtype(w.dtype, certified))
     is_tall = matrix.shape[-2] >= matrix.shape[-1]
     tall = matrix if is_tall else matrix.mH
     with full_precision(w.device.type):
@@ -106,108 +113,32 @@ def largest_gram_bracket(
     return GramBracket(lower, upper, left, right), index
 
 
-def gram_norm(w: Tensor, num_iterations: int = 7) -> Tensor:
-    r"""Upper bound of the largest singular value after a fixed number of Gram iterations; differentiable twice and
-    more.
-
-    \(b_N = \|W\|_{S_p}\), the Schatten norm of order \(p = 2^{N+1}\) (Delattre et al. 2023, theorem 2): for W of rank
-    r,
-    \(r^{-1/p} b_N \le \sigma_1 \le b_N\). Its gradient is the closed form \(b^{1-p} W (W^HW)^{p/2-1}\), a matrix of
-    zeros where W = 0. Use [`spectral_norm_bound`] for a bracket of asked width.
-
-    Args:
-        w (`Tensor` of shape `(..., m, n)`):
-            Real or complex, float16 to float64. Half precision is computed in float32.
-        num_iterations (`int`, *optional*, defaults to 7):
-            N ≥ 1.
-
-    Returns:
-        `Tensor` of shape `(...)`, in the real dtype of the computation: a **sound bound**, with the rounding treated
-        as in [`spectral_norm_bound`].
-
-    Raises:
-        ValueError: `w` is empty, has less than two axes, holds NaN or inf, or `num_iterations < 1`.
-        TypeError: `w` is not a floating-point or complex tensor.
-    """
-    check_matrix(w)
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
-    return _SchattenNorm.apply(w.to(_computation_dtype(w.dtype, certified=False)), num_iterations)
-
-
-class _SchattenNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w: Tensor, num_iterations: int) -> Tensor:
-        g = w if w.shape[-2] >= w.shape[-1] else w.mH
-        exponents, losses = [], []
-        with full_precision(w.device.type):
-            for _ in range(num_iterations):
-                g, exponent, loss = _gram_step(g)
-                exponents.append(exponent)
-                losses.append(loss)
-            high = _frobenius(g) * (1 + g.shape[-1] ** 2 * UNIT_ROUNDOFF) + losses[-1]
-            _, high = _back_to_scale(torch.zeros_like(high), high, exponents, losses)
-        bound = (high * (1 + _allowance(w))).to(w.real.dtype)
-        ctx.save_for_backward(w)
-        ctx.bound, ctx.num_iterations = bound.detach(), num_iterations
-        return bound
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
-        (w,) = ctx.saved_tensors
-        with full_precision(w.device.type):
-            direction = _schatten_gradient(w, ctx.bound, ctx.num_iterations)
-        return grad_output[..., None, None] * direction, None
-
-
-def _schatten_gradient(w: Tensor, bound: Tensor, num_iterations: int) -> Tensor:
-    """∇‖W‖_{S_p} in plain differentiable operations: D ⟨D, X⟩^{1/p - 1}, X = W/b, D = X (XᴴX)^{p/2 - 1}, b a constant.
-
-    Homogeneity makes it the same for every b; the bound itself keeps ⟨D, X⟩ = tr (XᴴX)^{p/2} near one.
-    """
-    scale = torch.where(bound > 0, bound, torch.ones_like(bound))[..., None, None]
-    x = w / scale
-    x = x if x.shape[-2] >= x.shape[-1] else x.mH
-    power = x.mH @ x
-    product = power
-    for _ in range(num_iterations - 1):
-        power = power @ power
-        product = product @ power
-    d = x @ product
-    inner = (d.conj() * x).real.sum(dim=(-2, -1), keepdim=True)
-    p = 2.0 ** (num_iterations + 1)
-    is_zero = inner == 0
-    factor = torch.where(is_zero, torch.ones_like(inner), inner) ** (1 / p - 1)
-    d = d * torch.where(is_zero, torch.zeros_like(factor), factor)
-    return d if w.shape[-2] >= w.shape[-1] else d.mH
-
-
 def _iterate(g: Tensor, rtol: float, max_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    allowance = _allowance(g)
+    allowance = allowance_of(g)
     exponents: list[Tensor] = []
     losses: list[Tensor] = []
     for _ in range(max_iterations):
-        g, exponent, loss = _gram_step(g)
+        g, exponent, loss = gram_step(g)
         exponents.append(exponent)
         losses.append(loss)
         low, high, v = _top_eigenvalue(g, loss)
-        lower, upper = _back_to_scale(low, high, exponents, losses)
+        lower, upper = back_to_scale(low, high, exponents, losses)
         if bool((upper <= lower * (1 + rtol)).all()):
             break
     return lower * (1 - allowance), upper * (1 + allowance), v
 
 
 def _iterate_largest(g: Tensor, rtol: float, max_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    allowance = _allowance(g)
+    allowance = allowance_of(g)
     exponents: list[Tensor] = []
     losses: list[Tensor] = []
     indices = torch.arange(g.shape[0], device=g.device)
     for _ in range(max_iterations):
-        g, exponent, loss = _gram_step(g)
+        g, exponent, loss = gram_step(g)
         exponents.append(exponent)
         losses.append(loss)
         low, high, v = _top_eigenvalue(g, loss)
-        lower, upper = _back_to_scale(low, high, exponents, losses)
+        lower, upper = back_to_scale(low, high, exponents, losses)
         best, worst = lower.max(), upper.argmax()
         if bool(upper[worst] <= best * (1 + rtol)):
             break
@@ -218,25 +149,15 @@ def _iterate_largest(g: Tensor, rtol: float, max_iterations: int) -> tuple[Tenso
     return best * (1 - allowance), upper[worst] * (1 + allowance), v[worst], indices[worst]
 
 
-def _gram_step(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gram_step(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """HᴴH with H = 2^{-e}G of entries near one, with e and a bound of the rounding of the product."""
-    exponent = _matrix_exponent(g)
+    exponent = matrix_exponent(g)
     h = scale_by_power_of_two(g, -exponent)
-    return _product(h.mH, h), exponent[..., 0, 0], _product_loss(h)
-
-
-def _product(a: Tensor, b: Tensor, keep_wide: bool = False) -> Tensor:
-    """a @ b. In float32 long sums of one sign drift low, so blocks of the inner dimension are added up in float64."""
-    if _is_double(a) or a.shape[-1] <= FLOAT32_BLOCK:
-        return a @ b
-    wide = _wide(a.dtype)
-    blocks = zip(a.split(FLOAT32_BLOCK, dim=-1), b.split(FLOAT32_BLOCK, dim=-2), strict=True)
-    total = sum((x @ y).to(wide) for x, y in blocks)
-    return total if keep_wide else total.to(a.dtype)
+    return product(h.mH, h), exponent[..., 0, 0], product_loss(h)
 
 
 def _image(w: Tensor, v: Tensor) -> Tensor:
-    return _unit(scale_by_power_of_two(w, -_matrix_exponent(w)) @ v.unsqueeze(-1)).squeeze(-1)
+    return unit(scale_by_power_of_two(w, -matrix_exponent(w)) @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def _check_arguments(w: Tensor, rtol: float, max_iterations: int) -> None:
@@ -247,7 +168,7 @@ def _check_arguments(w: Tensor, rtol: float, max_iterations: int) -> None:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
 
 
-def _back_to_scale(low: Tensor, high: Tensor, exponents: list[Tensor], losses: list[Tensor]) -> tuple[Tensor, Tensor]:
+def back_to_scale(low: Tensor, high: Tensor, exponents: list[Tensor], losses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """From a bracket of the top eigenvalue of the last HᴴH to one of σ₁ of the first matrix."""
     for k in reversed(range(len(exponents))):
         low = scale_by_power_of_two(low.sqrt(), exponents[k])
@@ -261,79 +182,30 @@ def _back_to_scale(low: Tensor, high: Tensor, exponents: list[Tensor], losses: l
 def _top_eigenvalue(g: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Bracket of λ₁(S) for the positive semi-definite S with ‖G - S‖₂ ≤ loss, and an approximate eigenvector of G."""
     n = g.shape[-1]
-    double = _is_double(g)
+    double = is_double(g)
     diagonal = g.diagonal(dim1=-2, dim2=-1).real.double()
     trace = diagonal.sum(-1)
-    frobenius = _frobenius(g)
+    total = frobenius(g)
     shifted = g.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_((trace / n)[..., None].to(g.dtype))
-    summation = (n * n + 100) * UNIT_ROUNDOFF * (trace.abs() + frobenius) if double else torch.zeros_like(trace)
-    samuelson = trace / n + math.sqrt((n - 1) / n) * _frobenius(shifted)
-    high = torch.minimum(samuelson, frobenius) + summation + loss
+    summation = (n * n + 100) * UNIT_ROUNDOFF * (trace.abs() + total) if double else torch.zeros_like(trace)
+    samuelson = trace / n + math.sqrt((n - 1) / n) * frobenius(shifted)
+    high = torch.minimum(samuelson, total) + summation + loss
 
     v = g.gather(-1, diagonal.argmax(-1)[..., None, None].expand(*g.shape[:-1], 1))
     for _ in range(2):
-        v = _unit(g @ _unit(v))
-    gv = _product(g, v, keep_wide=True).squeeze(-1).to(_wide(g.dtype))
-    v_wide = v.squeeze(-1).to(_wide(g.dtype))
-    square = _square_norm(v_wide, dim=-1)
+        v = unit(g @ unit(v))
+    gv = product(g, v, keep_wide=True).squeeze(-1).to(wide_dtype(g.dtype))
+    v_wide = v.squeeze(-1).to(wide_dtype(g.dtype))
+    square = square_norm(v_wide, dim=-1)
     square = torch.where(square > 0, square, torch.ones_like(square))
     theta = (v_wide.conj() * gv).real.sum(-1) / square
     residual = torch.linalg.vector_norm(gv - theta[..., None] * v_wide, dim=-1) / square.sqrt()
-    error = (4 * _gamma(n, g.is_complex()) * frobenius + summation if double else 0.0) + loss
+    error = (4 * gamma(n, g.is_complex()) * total + summation if double else 0.0) + loss
     low = (theta - error).clamp_min(0)
-    top = frobenius + summation + loss
+    top = total + summation + loss
     others = ((top - low) * (top + low)).clamp_min(0).sqrt()
     gap = low - others
     temple = theta + error + (residual + error) ** 2 / torch.where(gap > 0, gap, torch.ones_like(gap))
     high = torch.where(gap > 0, torch.minimum(high, temple), high)
     return low, torch.maximum(low, high), v.squeeze(-1)
-
-
-def _product_loss(h: Tensor) -> Tensor:
-    square = _square_norm(h, dim=(-2, -1))
-    if not _is_double(h):
-        return torch.zeros_like(square)
-    m, n = h.shape[-2:]
-    underflow = m * n * torch.finfo(torch.float64).tiny * (square > 0)
-    return _gamma(m, h.is_complex()) * square * (1 + 2 * m * n * UNIT_ROUNDOFF) + underflow
-
-
-def _gamma(m: int, is_complex: bool) -> float:
-    """γ_m of a real inner product of length m; a complex one is two real ones of length 2m, hence √2 γ_{2m+2}."""
-    length = 2 * m + 2 if is_complex else m
-    gamma = length * UNIT_ROUNDOFF / (1 - length * UNIT_ROUNDOFF)
-    return math.sqrt(2) * gamma if is_complex else gamma
-
-
-def _matrix_exponent(g: Tensor) -> Tensor:
-    return exponent_of(g.abs().amax(dim=(-2, -1), keepdim=True))
-
-
-def _unit(columns: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
-    return columns / torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
-def _frobenius(g: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g, dim=(-2, -1), dtype=_wide(g.dtype)).double()
-
-
-def _square_norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=dim, dtype=_wide(x.dtype)).double() ** 2
-
-
-def _computation_dtype(dtype: torch.dtype, certified: bool) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float64 if certified else torch.float32)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype.is_complex else torch.float64
-
-
-def _is_double(x: Tensor) -> bool:
-    return x.dtype in (torch.float64, torch.complex128)
-
-
-def _allowance(x: Tensor) -> float:
-    return FLOAT64_ALLOWANCE if _is_double(x) else FLOAT32_ALLOWANCE

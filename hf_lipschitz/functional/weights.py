@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.functional.checks import check_weight
-from hf_lipschitz.functional.conv import ConvGeometry, conv_bound_and_direction, geometry_bound, kernel_to_operator
+from hf_lipschitz.functional.conv import conv_bound_and_direction, geometry_bound
+from hf_lipschitz.functional.geometry import ConvGeometry, kernel_to_operator
 from hf_lipschitz.functional.gram import gram_bracket, spectral_norm_bound
 
 

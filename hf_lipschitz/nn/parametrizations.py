@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_lipschitz.functional.checks import check_named_weight
-from hf_lipschitz.functional.conv import ConvGeometry
+from hf_lipschitz.functional.geometry import ConvGeometry
 from hf_lipschitz.functional.weights import operator_to_frobenius, weight_norm_and_direction
 
 

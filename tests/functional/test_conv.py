@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_lipschitz.functional import conv_spectral_norm_bound
-from hf_lipschitz.functional.conv import conv_bound_and_direction, conv_geometry
+from hf_lipschitz.functional.conv import conv_bound_and_direction
+from hf_lipschitz.functional.geometry import conv_geometry
 from tests.operators import conv_norm, dense_norm
 
 

@@ -1,0 +1,78 @@
+"""Matrix products and norms with a bound of what rounding may have taken from them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_lipschitz.functional.scaling import exponent_of
+
+
+# In float32, sums over at most FLOAT32_BLOCK terms were seen to lose at most 5e-6 of the norm, also where all terms
+# have one sign; float64 products are bounded by analysis, and its allowance covers the few dozen scalar operations
+# after them.
+FLOAT32_ALLOWANCE = 1e-5
+FLOAT64_ALLOWANCE = 1e-13
+UNIT_ROUNDOFF = 2.0**-53
+FLOAT32_BLOCK = 512
+
+
+def product(a: Tensor, b: Tensor, keep_wide: bool = False) -> Tensor:
+    """a @ b. In float32 long sums of one sign drift low, so blocks of the inner dimension are added up in float64."""
+    if is_double(a) or a.shape[-1] <= FLOAT32_BLOCK:
+        return a @ b
+    wide = wide_dtype(a.dtype)
+    blocks = zip(a.split(FLOAT32_BLOCK, dim=-1), b.split(FLOAT32_BLOCK, dim=-2), strict=True)
+    total = sum((x @ y).to(wide) for x, y in blocks)
+    return total if keep_wide else total.to(a.dtype)
+
+
+def product_loss(h: Tensor) -> Tensor:
+    square = square_norm(h, dim=(-2, -1))
+    if not is_double(h):
+        return torch.zeros_like(square)
+    m, n = h.shape[-2:]
+    underflow = m * n * torch.finfo(torch.float64).tiny * (square > 0)
+    return gamma(m, h.is_complex()) * square * (1 + 2 * m * n * UNIT_ROUNDOFF) + underflow
+
+
+def gamma(m: int, is_complex: bool) -> float:
+    """γ_m of a real inner product of length m; a complex one is two real ones of length 2m, hence √2 γ_{2m+2}."""
+    length = 2 * m + 2 if is_complex else m
+    value = length * UNIT_ROUNDOFF / (1 - length * UNIT_ROUNDOFF)
+    return math.sqrt(2) * value if is_complex else value
+
+
+def frobenius(g: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(g, dim=(-2, -1), dtype=wide_dtype(g.dtype)).double()
+
+
+def square_norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=dim, dtype=wide_dtype(x.dtype)).double() ** 2
+
+
+def computation_dtype(dtype: torch.dtype, certified: bool) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float64 if certified else torch.float32)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def is_double(x: Tensor) -> bool:
+    return x.dtype in (torch.float64, torch.complex128)
+
+
+def allowance_of(x: Tensor) -> float:
+    return FLOAT64_ALLOWANCE if is_double(x) else FLOAT32_ALLOWANCE
+
+
+def unit(columns: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
+    return columns / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def matrix_exponent(g: Tensor) -> Tensor:
+    return exponent_of(g.abs().amax(dim=(-2, -1), keepdim=True))
