@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def lipschitzify(model: nn.Module, config: LipschitzConfig | None = None, **overrides: Any) -> nn.Module:
-    """Constrains the spectral norm of each Linear, Conv1d/2d/3d and transformers `Conv1D` layer of a model, in place.
+    """Constrains the spectral norm of each Linear, convolution and transformers `Conv1D` layer of a model, in place.
+
+    Convolutions are Conv1d/2d/3d and ConvTranspose1d/2d/3d.
 
     Each weight W is replaced by a parametrization whose value has spectral norm at most the layer's constant at every
     read, during training as well. What is bounded is each layer by itself. That is no bound for the whole model:
@@ -92,7 +94,7 @@ def targets(model: nn.Module, config: LipschitzConfig) -> list[str]:
     if not candidates:
         raise ValueError(
             f"{type(model).__name__} has no layer that can be constrained: lipschitzify covers nn.Linear, "
-            "nn.Conv1d/2d/3d and transformers' Conv1D with weights of their own"
+            "nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d and transformers' Conv1D with weights of their own"
         )
     if config.strict:
         asked = matching_names(model, list(obstacles), config.target_modules, config.exclude_modules)

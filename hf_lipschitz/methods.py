@@ -16,7 +16,7 @@ from hf_lipschitz.nn.parametrizations import GramParametrization
 Handler = Callable[[nn.Module, str, LipschitzConfig], nn.Module]
 
 DENSE = (nn.Linear, Conv1D)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 METHODS: dict[str, Handler] = {}
 
@@ -57,6 +57,8 @@ def geometry_of(module: nn.Module) -> ConvGeometry | None:
             dilation=module.dilation,
             groups=module.groups,
             padding_mode=module.padding_mode,
+            transposed=module.transposed,
+            output_padding=module.output_padding,
         )
     return None
 

@@ -39,22 +39,18 @@ class GramBracket(NamedTuple):
     right: Tensor
 
 
-def spectral_norm_bound(
+@torch.no_grad()
+def gram_bracket(
     w: Tensor, rtol: float = 1e-3, *, certified: bool = False, max_iterations: int = MAX_ITERATIONS
-) -> tuple[Tensor, Tensor]:
-    r"""Brackets the largest singular value of a matrix, or of each matrix of a batch.
+) -> GramBracket:
+    r"""Brackets σ₁ of a matrix, or of each matrix of a batch, by Gram iteration.
 
     Gram iteration \(G \leftarrow G^HG\) squares the singular values at each step. After a step, three upper ends hold
     for the top eigenvalue of the symmetric G of size n, with A = tr G and B = ‖G‖_F²: √B (the Schatten norm of order
     2^{N+1} of W after N steps; Delattre et al. 2023, theorem 2), A/n + √((n-1)/n)·‖G - (A/n)I‖_F (Samuelson 1968) and
     θ + r²/(θ - ν) (Kato-Temple, with θ = vᴴGv, r = ‖Gv - θv‖, ν² = B - θ², where ν < θ). The least of them is the
-    upper end and θ the lower end; both go back to the scale of W through the square roots.
-
-    In float64 the rounding of every product is carried through those square roots: a computed Gram matrix differs
-    from the exact one by at most γ_m‖G‖_F² in norm, γ_m = mu/(1 - mu) with m the inner dimension and u = 2⁻⁵³ (Higham
-    2002, eq. 3.13), which widens the bracket before each root. For float32 that worst case would say nothing:
-    sums are cut into blocks of 512 terms that are added up in float64, and the ends are widened by 1e-5. Below the
-    normal numbers of float64 nothing is promised.
+    upper end and θ the lower end; both go back to the scale of W through the square roots. In float64 the rounding of
+    every product is carried through those square roots; in float32 the ends are widened by 1e-5.
 
     Args:
         w (`Tensor` of shape `(..., m, n)`):
@@ -62,27 +58,17 @@ def spectral_norm_bound(
         rtol (`float`, *optional*, defaults to `1e-3`):
             The iteration stops once `upper <= lower * (1 + rtol)` for every matrix of the batch, before widening.
         certified (`bool`, *optional*, defaults to `False`):
-            Computes in float64 whatever the dtype of `w` is, so that the rounding analysis applies.
+            Computes in float64 whatever the dtype of `w` is.
         max_iterations (`int`, *optional*, defaults to 24):
             Stops there at the latest; the bracket holds all the same.
 
     Returns:
-        `tuple[Tensor, Tensor]`: `(lower, upper)`, float64, of shape `(...)`. `upper` is a **sound bound** and `lower`
-        a lower bound: proved in float64 or with `certified=True`, up to the stated allowance in float32.
+        `GramBracket`: ends of shape `(...)` as in [`spectral_norm_bound`], with the leading pair of singular vectors,
+        which are estimates.
 
     Raises:
-        ValueError: `w` is empty, has less than two axes, holds NaN or inf, or `rtol` is not positive.
-        TypeError: `w` is not a floating-point or complex tensor.
+        ValueError, TypeError: as [`spectral_norm_bound`].
     """
-    bracket = gram_bracket(w, rtol, certified=certified, max_iterations=max_iterations)
-    return bracket.lower, bracket.upper
-
-
-@torch.no_grad()
-def gram_bracket(
-    w: Tensor, rtol: float = 1e-3, *, certified: bool = False, max_iterations: int = MAX_ITERATIONS
-) -> GramBracket:
-    """The bracket of [`spectral_norm_bound`] with the leading pair of singular vectors, which are estimates."""
     _check_arguments(w, rtol, max_iterations)
     matrix = w.detach().to(computation_dtype(w.dtype, certified))
     is_tall = matrix.shape[-2] >= matrix.shape[-1]

@@ -46,11 +46,16 @@ def gamma(m: int, is_complex: bool) -> float:
 
 
 def frobenius(g: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(g, dim=(-2, -1), dtype=wide_dtype(g.dtype)).double()
+    return square_norm(g, dim=(-2, -1)).sqrt()
 
 
 def square_norm(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=dim, dtype=wide_dtype(x.dtype)).double() ** 2
+    """Σ|x|² over `dim`, float64."""
+    if x.is_complex():
+        # Of complex entries the norm takes the modulus first, many times as slow.
+        axes = (dim,) if isinstance(dim, int) else dim
+        return square_norm(torch.view_as_real(x.resolve_conj()), dim=(*(d - 1 for d in axes), -1))
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64) ** 2
 
 
 def computation_dtype(dtype: torch.dtype, certified: bool) -> torch.dtype:
@@ -69,10 +74,21 @@ def allowance_of(x: Tensor) -> float:
     return FLOAT64_ALLOWANCE if is_double(x) else FLOAT32_ALLOWANCE
 
 
+def gram_loss(g: Tensor, m: int) -> Tensor:
+    """[`product_loss`] of G = HᴴH from its trace, which is ‖H‖_F² up to rounding; m is the length of the products."""
+    n = g.shape[-1]
+    trace = g.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    underflow = m * n * torch.finfo(torch.float64).tiny * (trace > 0)
+    return gamma(m, g.is_complex()) * trace * (1 + 4 * (m + n) * UNIT_ROUNDOFF) + underflow
+
+
 def unit(columns: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
     return columns / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
 def matrix_exponent(g: Tensor) -> Tensor:
-    return exponent_of(g.abs().amax(dim=(-2, -1), keepdim=True))
+    if g.is_complex():
+        return exponent_of(g.abs().amax(dim=(-2, -1), keepdim=True))
+    least, largest = g.aminmax() if g.dim() == 2 else torch.aminmax(g.flatten(-2), dim=-1)
+    return exponent_of(torch.maximum(-least, largest))[..., None, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_lipschitz.functional.checks import check_weight
 from hf_lipschitz.functional.conv import conv_bound_and_direction, geometry_bound
 from hf_lipschitz.functional.geometry import ConvGeometry, kernel_to_operator
-from hf_lipschitz.functional.gram import gram_bracket, spectral_norm_bound
+from hf_lipschitz.functional.spectral_norm import norm_bracket, spectral_norm_bound
 
 
 def weight_norm_bound(
@@ -44,7 +44,7 @@ def weight_norm_and_direction(
     """
     check_weight(weight)
     if geometry is None:
-        bracket = gram_bracket(weight, rtol)
+        bracket = norm_bracket(weight, rtol)
         return bracket.upper, bracket.left, bracket.right
     bound, direction = conv_bound_and_direction(weight, geometry, rtol)
     return bound, torch.ones_like(direction.flatten()[:1]), direction.flatten()
