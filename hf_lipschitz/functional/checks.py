@@ -13,12 +13,22 @@ def check_weight(w: Tensor, what: str = "weight") -> None:
         TypeError: `w` is not a tensor, or holds integers or booleans.
         ValueError: `w` is empty or holds NaN or inf.
     """
+    check_kind(w, what)
+    check_entries(w, what)
+
+
+def check_kind(w: Tensor, what: str = "weight") -> None:
+    """The part of [`check_weight`] that needs no look at the entries."""
     if not isinstance(w, Tensor):
         raise TypeError(f"{what} must be a torch.Tensor, got {type(w).__name__}")
     if not (w.is_floating_point() or w.is_complex()):
         raise TypeError(f"{what} has dtype {w.dtype}; convert it to a floating-point dtype first, e.g. w.float()")
     if w.numel() == 0:
         raise ValueError(f"{what} of shape {tuple(w.shape)} is empty and has no norm")
+
+
+def check_entries(w: Tensor, what: str = "weight") -> None:
+    """The part of [`check_weight`] that reads the tensor."""
     # NaN and inf reach the extremes, in one pass and without a mask.
     least, largest = torch.aminmax(torch.view_as_real(w) if w.is_complex() else w)
     if not bool(torch.isfinite(least) & torch.isfinite(largest)):
@@ -27,7 +37,13 @@ def check_weight(w: Tensor, what: str = "weight") -> None:
 
 def check_matrix(w: Tensor, what: str = "w") -> None:
     """[`check_weight`], and at least two axes."""
-    check_weight(w, what)
+    check_matrix_kind(w, what)
+    check_entries(w, what)
+
+
+def check_matrix_kind(w: Tensor, what: str = "w") -> None:
+    """The part of [`check_matrix`] that needs no look at the entries."""
+    check_kind(w, what)
     if w.dim() < 2:
         raise ValueError(f"{what} must have shape (..., m, n), got {tuple(w.shape)}; reshape a vector to (1, n)")
 

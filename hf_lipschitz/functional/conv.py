@@ -22,7 +22,7 @@ from hf_lipschitz.functional.gram import GramBracket
 from hf_lipschitz.functional.known_size import check_input_size, known_size_folds
 from hf_lipschitz.functional.products import computation_dtype
 from hf_lipschitz.functional.rescaling_conv import conv_spectral_rescaling
-from hf_lipschitz.functional.transfer import largest_transfer_norm, transfer_matrices
+from hf_lipschitz.functional.transfer import largest_transfer_norm, transfer_gradient
 
 
 # A grid of m(k' - 1) frequencies an axis costs at most a factor 1/cos(π/(2m)) an axis: 1.005 in all with one axis of
@@ -138,10 +138,8 @@ def conv_bound_and_direction(kernel: Tensor, geometry: ConvGeometry, rtol: float
     with torch.enable_grad():
         leaf = kernel.detach().to(torch.promote_types(kernel.dtype, torch.float32)).requires_grad_()
         folded = folded_kernel(leaf, geometry)
-        matrix = transfer_matrices(folded, _grid(folded.shape[3:]))[where]
-        left, right = (vector.to(matrix.dtype) for vector in (bracket.left, bracket.right))
-        value = (left.conj() @ (matrix @ right)).real * factor
-        (direction,) = torch.autograd.grad(value, leaf)
+    at_frequency = transfer_gradient(folded, _grid(folded.shape[3:]), where, bracket)
+    (direction,) = torch.autograd.grad(folded, leaf, at_frequency * factor)
     return bracket.upper * factor, direction
 
 

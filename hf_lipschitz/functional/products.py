@@ -74,6 +74,17 @@ def allowance_of(x: Tensor) -> float:
     return FLOAT64_ALLOWANCE if is_double(x) else FLOAT32_ALLOWANCE
 
 
+def frobenius_ceiling(x: Tensor) -> Tensor:
+    """An upper bound of ‖x‖_F, float64 and 0-dim, that is 0 where x is 0 and reads a real x of any dtype once.
+
+    Rows are summed in the dtype of x, or float32 if that is wider; n of their terms lose less than nu of the sum.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows = torch.linalg.vector_norm(x.reshape(1, -1) if x.dim() < 2 else x.flatten(1), dim=-1, dtype=dtype)
+    length = x.numel() // max(1, rows.numel())
+    return torch.linalg.vector_norm(rows, dtype=torch.float64) * (1 + (length + 16) * torch.finfo(dtype).eps)
+
+
 def gram_loss(g: Tensor, m: int) -> Tensor:
     """[`product_loss`] of G = HᴴH from its trace, which is ‖H‖_F² up to rounding; m is the length of the products."""
     n = g.shape[-1]

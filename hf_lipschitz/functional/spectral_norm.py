@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lipschitz.functional.checks import check_matrix
+from hf_lipschitz.functional.checks import check_entries, check_matrix_kind
 from hf_lipschitz.functional.eigenvalue import eigenvalue_brackets
 from hf_lipschitz.functional.gram import GramBracket, gram_bracket
 from hf_lipschitz.functional.precision import full_precision
@@ -23,8 +23,8 @@ from hf_lipschitz.functional.products import (
 from hf_lipschitz.functional.scaling import scale_by_power_of_two
 
 
-# Largest entries between 2^-20 and 2^20 have squares and sums of squares well inside float32.
-SAFE_EXPONENT = 20
+# ‖W‖_F² between this and its inverse: no entry that matters has a square outside float32.
+SAFE_SQUARE = 2.0**-60
 METHODS = ("auto", "gram", "cholesky")
 
 
@@ -89,7 +89,7 @@ def cholesky_bracket(
     w: Tensor, rtol: float = 1e-3, *, certified: bool = False, start: Tensor | None = None
 ) -> GramBracket:
     """The `"cholesky"` method; a matrix whose top Lanczos misses again and again goes to Gram iteration."""
-    check_matrix(w)
+    check_matrix_kind(w)
     if not rtol > 0:
         raise ValueError(f"rtol must be positive, got {rtol}; 1e-3 is the usual choice")
     matrix = w.detach().to(computation_dtype(w.dtype, certified))
@@ -98,17 +98,15 @@ def cholesky_bracket(
     batch = tall.shape[:-2]
     tall = tall.reshape(-1, *tall.shape[-2:])
     with full_precision(w.device.type):
-        exponent, h = _within_range(tall)
+        exponent, h, g = _gram_matrices(tall)
         double = is_double(h)
-        # A factorisation has sums as long as a row.
-        g = product(h.mH, h, keep_wide=True).to(h.dtype if h.shape[-1] <= FLOAT32_BLOCK else wide_dtype(h.dtype))
         loss = gram_loss(g, h.shape[-2]) if double else torch.zeros(len(g), dtype=torch.float64, device=g.device)
         if start is not None:
             start = start.reshape(-1, start.shape[-1])
         found = eigenvalue_brackets(g, loss, rtol, verify=double, start=start)
         allowance = allowance_of(h)
-        lower = scale_by_power_of_two(found.lower.sqrt() * (1 - allowance), exponent[..., 0, 0])
-        upper = scale_by_power_of_two(found.upper.sqrt() * (1 + allowance), exponent[..., 0, 0])
+        lower = scale_by_power_of_two(found.lower.sqrt() * (1 - allowance), exponent)
+        upper = scale_by_power_of_two(found.upper.sqrt() * (1 + allowance), exponent)
         v = found.vector.to(h.dtype)
         u = unit(h @ v.unsqueeze(-1)).squeeze(-1)
     missed = torch.nonzero(~torch.isfinite(found.upper)).flatten()
@@ -119,9 +117,24 @@ def cholesky_bracket(
     return shaped if is_tall else shaped._replace(left=shaped.right, right=shaped.left)
 
 
-def _within_range(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(e, 2^{-e}W) with entries that can be squared; e = 0 wherever W itself will do."""
-    exponent = matrix_exponent(matrix)
-    if bool((exponent.abs() <= SAFE_EXPONENT).all()):
-        return torch.zeros_like(exponent), matrix
-    return exponent, scale_by_power_of_two(matrix, -exponent)
+def _gram_matrices(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(e, H, HᴴH) with H = 2^{-e}W, e = 0 wherever the squares of W itself are in range.
+
+    Raises:
+        ValueError: an entry is NaN or inf.
+    """
+    g = _product_with_itself(tall)
+    # NaN, inf and overflow all reach the trace; a zero may be one that underflowed.
+    trace = g.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+    if bool(((trace > SAFE_SQUARE) & (trace < 1 / SAFE_SQUARE)).all()):
+        return torch.zeros(len(g), dtype=torch.int32, device=g.device), tall, g
+    check_entries(tall, "w")
+    exponent = matrix_exponent(tall)
+    h = scale_by_power_of_two(tall, -exponent)
+    return exponent[..., 0, 0], h, _product_with_itself(h)
+
+
+def _product_with_itself(h: Tensor) -> Tensor:
+    g = product(h.mH, h, keep_wide=True)
+    # A factorisation has sums as long as a row.
+    return g.to(h.dtype if h.shape[-1] <= FLOAT32_BLOCK else wide_dtype(h.dtype))

@@ -39,8 +39,9 @@ def largest_transfer_norm(
     r"""Bracket of \(\max_\omega \|\hat K(\omega)\|_2\) over the frequencies \(2\pi j_i/n_i\), and where it is.
 
     \(\hat K(\omega)^H\hat K(\omega) = \sum_d R_d e^{i\omega d}\) with the autocorrelation
-    \(R_d = \sum_t K_{t+d}^TK_t\): the products are made once a lag, not once a frequency. One Cholesky factorisation a frequency then shows that no
-    eigenvalue exceeds c, just above the largest Rayleigh quotient ([`largest_eigenvalue_bracket`]).
+    \(R_d = \sum_t K_{t+d}^TK_t\): the products are made once a lag, not once a frequency. One Cholesky factorisation a
+    frequency then shows that no eigenvalue exceeds c, just above the largest Rayleigh quotient
+    ([`largest_eigenvalue_bracket`]).
 
     In float64 the rounding is bounded by analysis: every R_d sums products of length m = c·k_1·…, and the sum over the
     D lags has phases good to 16 units, so that \(\|\Delta G\| \le (\gamma_m + \gamma_{2D+64}) (\sum_t \|K_t\|_F)^2\).
@@ -78,6 +79,17 @@ def largest_transfer_norm(
     lower = scale_by_power_of_two(found.lower.sqrt() * (1 - allowance), exponent)
     upper = scale_by_power_of_two(found.upper.sqrt() * (1 + allowance), exponent)
     return GramBracket(lower, upper, left.squeeze(-1), right.squeeze(-1)), where
+
+
+def transfer_gradient(folded: Tensor, grid: Sequence[int], where: tuple[Tensor, ...], pair: GramBracket) -> Tensor:
+    r"""Gradient of \(\mathrm{Re}(u^H \hat K(\omega) v)\) with respect to the folded kernel, in its shape."""
+    taps = torch.cartesian_prod(*(torch.arange(k) for k in folded.shape[3:])).reshape(-1, folded.dim() - 3)
+    angles = _angles(torch.stack(where[1:])[None].cpu(), taps, grid)[0].to(folded.device)
+    outer = torch.outer(pair.left.conj(), pair.right).to(torch.complex128)
+    values = torch.outer(outer.real.flatten(), angles.cos()) + torch.outer(outer.imag.flatten(), angles.sin())
+    gradient = torch.zeros_like(folded)
+    gradient[where[0]] = values.reshape(folded.shape[1:]).to(folded.dtype)
+    return gradient
 
 
 def wrap_taps(folded: Tensor, grid: Sequence[int]) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,21 @@ from hf_lipschitz.functional.checks import check_weight
 from hf_lipschitz.functional.conv import conv_bound_and_direction, geometry_bound
 from hf_lipschitz.functional.geometry import ConvGeometry, kernel_to_operator
 from hf_lipschitz.functional.spectral_norm import norm_bracket, spectral_norm_bound
+
+
+# Entries of the matrices that are bounded in one call.
+STACKED = 2**24
+
+
+class NormAndDirection(NamedTuple):
+    """A bound of the operator norm, and u, v such that u vᵀ, in the shape of the weight, estimates its gradient.
+
+    For a matrix (u, v) is the leading singular pair; for a kernel u = (1) and v is the whole gradient, flattened.
+    """
+
+    bound: Tensor
+    left: Tensor
+    right: Tensor
 
 
 def weight_norm_bound(
@@ -35,19 +53,46 @@ def weight_norm_bound(
     return geometry_bound(weight, geometry, rtol, certified=certified)
 
 
-def weight_norm_and_direction(
-    weight: Tensor, geometry: ConvGeometry | None, rtol: float = 1e-3
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The bound, and vectors u, v such that u vᵀ, in the shape of the weight, estimates its gradient.
+def norms_and_directions(
+    weights: Sequence[Tensor],
+    geometry: ConvGeometry | None,
+    rtol: float = 1e-3,
+    starts: Sequence[Tensor | None] | None = None,
+) -> list[NormAndDirection]:
+    """Bounds of the norms of weights of one shape, dtype and device, with the directions in which they grow.
 
-    For a matrix (u, v) is the leading singular pair; for a kernel u = (1) and v is the whole gradient, flattened.
+    Matrices are stacked and bounded in one batched call.
+
+    Args:
+        weights (`Sequence[Tensor]`):
+            Finite matrices, or kernels of one geometry.
+        geometry (`ConvGeometry`, *optional*):
+            `None` for matrices.
+        rtol (`float`, *optional*, defaults to `1e-3`):
+            Asked relative width of the brackets.
+        starts (`Sequence[Tensor | None]`, *optional*):
+            For each matrix an earlier singular vector of its shorter axis, which saves time where it is still near.
+
+    Returns:
+        `list[NormAndDirection]`: one a weight; the bounds are **sound** as in [`spectral_norm_bound`].
     """
-    check_weight(weight)
-    if geometry is None:
-        bracket = norm_bracket(weight, rtol)
-        return bracket.upper, bracket.left, bracket.right
-    bound, direction = conv_bound_and_direction(weight, geometry, rtol)
-    return bound, torch.ones_like(direction.flatten()[:1]), direction.flatten()
+    if geometry is not None:
+        return [_of_kernel(weight, geometry, rtol) for weight in weights]
+    found = []
+    at_once = max(1, STACKED // weights[0].numel())
+    for first in range(0, len(weights), at_once):
+        chunk = weights[first : first + at_once]
+        start = None if starts is None else starts[first : first + at_once]
+        if start is not None:
+            start = None if any(x is None for x in start) else torch.stack(list(start))
+        bracket = norm_bracket(torch.stack(list(chunk)), rtol, start=start)
+        found += [NormAndDirection(*row) for row in zip(*(x.unbind() for x in bracket[1:]), strict=True)]
+    return found
+
+
+def _of_kernel(kernel: Tensor, geometry: ConvGeometry, rtol: float) -> NormAndDirection:
+    bound, direction = conv_bound_and_direction(kernel, geometry, rtol)
+    return NormAndDirection(bound, torch.ones_like(direction.flatten()[:1]), direction.flatten())
 
 
 def operator_to_frobenius(shape: torch.Size, geometry: ConvGeometry | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.functional.geometry import ConvGeometry
-from hf_lipschitz.functional.weights import operator_to_frobenius, weight_norm_and_direction
+from hf_lipschitz.functional.products import frobenius_ceiling
+from hf_lipschitz.functional.weights import NormAndDirection, norms_and_directions, operator_to_frobenius
 
 
 # Covers the scalar operations between a bound and the weight it rescales, each good to one unit of its dtype.
@@ -111,7 +112,7 @@ class GramParametrization(nn.Module):
         reference = self._reference
         if reference is None or reference.weight.device != weight.device:
             with torch.inference_mode(False):
-                reference = self._reference = self._new_reference(weight.detach().clone())
+                reference = self._reference = _references([self], [weight.detach().clone()])[0]
         factor = operator_to_frobenius(weight.shape, self.geometry)
         return constrain(weight, reference, self.lipschitz, exact=self.exact, operator_factor=factor)
 
@@ -119,25 +120,10 @@ class GramParametrization(nn.Module):
         self._reference = None
         return weight
 
-    @torch.no_grad()
     def refresh(self) -> Reference | None:
         """Takes the present raw weight as the reference; does nothing where it has not changed or has no data."""
-        weight = self.original.detach()
-        self._steps_since_refresh = 0
-        if weight.is_meta:
-            return None
-        reference = self._reference
-        unchanged = (
-            reference is not None
-            and not self._is_loose
-            and reference.weight.device == weight.device
-            and reference.weight.dtype == weight.dtype
-            and torch.equal(reference.weight, weight)
-        )
-        if not unchanged:
-            self._reference = self._new_reference(weight)
-            self._is_loose = False
-        return self._reference
+        refresh_all([self])
+        return None if self.original.is_meta else self._reference
 
     @torch.no_grad()
     def scale(self) -> float:
@@ -148,20 +134,32 @@ class GramParametrization(nn.Module):
         ratio = (self.lipschitz / reference.bound).item()
         return ratio if self.exact else min(ratio, 1.0)
 
-    def after_optimizer_step(self) -> None:
-        """Refreshes once every `refresh_every` calls."""
+    def count_step(self) -> bool:
+        """Whether the optimizer step that was just made is one to refresh after."""
         self._steps_since_refresh += 1
-        if self._steps_since_refresh >= self.refresh_every:
-            self.refresh()
+        return self._steps_since_refresh >= self.refresh_every
 
-    def _new_reference(self, weight: Tensor) -> Reference:
-        check_named_weight(self.name, weight)
-        bound, left, right = weight_norm_and_direction(weight, self.geometry, self.rtol)
-        allowance = SCALAR_ALLOWANCE[left.dtype]
-        unit_roundoff = torch.finfo(weight.dtype).eps / 2
-        rounding = unit_roundoff * torch.linalg.vector_norm(weight, dtype=torch.float64)
-        bound = (bound + operator_to_frobenius(weight.shape, self.geometry) * rounding) * (1 + allowance)
-        return Reference(weight.clone(), bound, left, right)
+    def is_up_to_date(self, weight: Tensor) -> bool:
+        """Whether the reference is `weight`, with a bound of its own."""
+        reference = self._reference
+        return (
+            reference is not None
+            and not self._is_loose
+            and reference.weight.device == weight.device
+            and reference.weight.dtype == weight.dtype
+            and torch.equal(reference.weight, weight)
+        )
+
+    def take(self, reference: Reference) -> None:
+        """Makes `reference` the one that reads go by."""
+        self._reference, self._is_loose, self._steps_since_refresh = reference, False, 0
+
+    def start(self) -> Tensor | None:
+        """The singular vector of the shorter axis of the reference, where the next bound may start from."""
+        if self._reference is None or self.geometry is not None:
+            return None
+        rows, columns = self._reference.weight.shape
+        return self._reference.right if rows >= columns else self._reference.left
 
     def train(self, mode: bool = True) -> GramParametrization:
         if mode != self.training and self.is_bound:
@@ -191,6 +189,55 @@ class GramParametrization(nn.Module):
 _live: weakref.WeakSet[GramParametrization] = weakref.WeakSet()
 
 
+@torch.no_grad()
+def refresh_all(parametrizations: Iterable[GramParametrization], *, have_changed: bool = False) -> None:
+    """Takes the present raw weights as the references; weights of one shape are bounded in one call.
+
+    Args:
+        parametrizations (`Iterable[GramParametrization]`):
+            Those without data, and those whose weight is their reference, are left as they are.
+        have_changed (`bool`, *optional*, defaults to `False`):
+            Saves the comparison with the reference, where it is known that the weight is another one.
+
+    Raises:
+        ValueError: a weight is NaN or inf; the message names the layer.
+    """
+    alike: dict[tuple[Any, ...], list[tuple[GramParametrization, Tensor]]] = {}
+    for parametrization in parametrizations:
+        weight = parametrization.original.detach()
+        if weight.is_meta:
+            continue
+        if not have_changed and parametrization.is_up_to_date(weight):
+            parametrization._steps_since_refresh = 0
+            continue
+        key = (weight.shape, weight.dtype, weight.device, parametrization.geometry, parametrization.rtol)
+        alike.setdefault(key, []).append((parametrization, weight))
+    for pairs in alike.values():
+        owners, weights = [p for p, _ in pairs], [w for _, w in pairs]
+        for owner, reference in zip(owners, _references(owners, weights), strict=True):
+            owner.take(reference)
+
+
+def _references(owners: list[GramParametrization], weights: list[Tensor]) -> list[Reference]:
+    """A reference for each of several weights of one shape; the weights are copied."""
+    geometry, rtol = owners[0].geometry, owners[0].rtol
+    try:
+        found = norms_and_directions(weights, geometry, rtol, [owner.start() for owner in owners])
+    except ValueError:
+        for owner, weight in zip(owners, weights, strict=True):
+            check_named_weight(owner.name, weight)
+        raise
+    return [_rounded(weight, row, geometry) for weight, row in zip(weights, found, strict=True)]
+
+
+def _rounded(weight: Tensor, found: NormAndDirection, geometry: ConvGeometry | None) -> Reference:
+    bound, left, right = found
+    rounding = torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(weight)
+    factor = operator_to_frobenius(weight.shape, geometry)
+    bound = (bound + factor * rounding) * (1 + SCALAR_ALLOWANCE[left.dtype])
+    return Reference(weight.clone(), bound, left, right)
+
+
 def _moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor: float) -> Reference | None:
     """The reference after `fn` moved or cast its weight: sound by Weyl's inequality whatever `fn` does."""
     weight = fn(reference.weight)
@@ -218,15 +265,14 @@ def constrain(
     with torch.autocast(weight.device.type, enabled=False):
         value = weight.to(reference.left.dtype)
         with torch.no_grad():
-            distance = torch.linalg.vector_norm(value - reference.weight, dtype=torch.float64)
+            distance = frobenius_ceiling(value - reference.weight)
             if weight.dtype != reference.weight.dtype:
-                rounding = torch.finfo(weight.dtype).eps / 2
-                distance = distance + rounding * torch.linalg.vector_norm(value, dtype=torch.float64)
+                distance = distance + torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(value)
             bound = reference.bound + operator_factor * distance * (1 + 2 * torch.finfo(weight.dtype).eps)
         left, right = reference.left, reference.right
-        # Zero, with the gradient of the norm.
-        growth = left @ ((value - value.detach()).reshape(left.numel(), right.numel()) @ right)
-        bound = bound + growth
+        # Zero, with the gradient of the norm; small, so that the products of no finite weight overflow.
+        along = left @ (value.reshape(left.numel(), right.numel()) @ (right * 2.0**-20))
+        bound = bound + (along - along.detach()).double() * 2.0**20
         # Entries below the normal numbers are rounded by up to this much, whatever their size.
         lost = operator_factor * _subnormal_unit(weight.dtype) * weight.numel() ** 0.5
         # The clone keeps autograd from saving the buffer itself, which data parallelism overwrites between forwards.
@@ -247,6 +293,5 @@ def refresh_after_step(optimizer: torch.optim.Optimizer, args: Any = None, kwarg
         ValueError: a weight became NaN or inf.
     """
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for parametrization in list(_live):
-        if parametrization.is_bound and id(parametrization.original) in moved:
-            parametrization.after_optimizer_step()
+    stepped = [p for p in list(_live) if p.is_bound and id(p.original) in moved]
+    refresh_all([p for p in stepped if p.count_step()], have_changed=True)

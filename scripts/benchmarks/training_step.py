@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    logging,
 )
 
 from hf_lipschitz import lipschitzify
@@ -213,6 +214,8 @@ def measure_memory(args: Arguments) -> dict[str, int]:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     rows = measure_steps(args)
     evaluation_ratio = measure_evaluation(args)
