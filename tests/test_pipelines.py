@@ -143,7 +143,7 @@ def test_runs_on_plain_weights_and_leaves_the_model_constrained(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("a norm was computed")
 
-    monkeypatch.setattr(parametrizations, "weight_norm_and_direction", never)
+    monkeypatch.setattr(parametrizations, "norms_and_directions", never)
     first = pipe("a good film")
     assert list(model.state_dict()) == keys
     assert pipe("a good film") == first

@@ -138,7 +138,7 @@ def conv_bound_and_direction(kernel: Tensor, geometry: ConvGeometry, rtol: float
     with torch.enable_grad():
         leaf = kernel.detach().to(torch.promote_types(kernel.dtype, torch.float32)).requires_grad_()
         folded = folded_kernel(leaf, geometry)
-    at_frequency = transfer_gradient(folded, _grid(folded.shape[3:]), where, bracket)
+    at_frequency = transfer_gradient(folded, symbol_grid(folded.shape[3:]), where, bracket)
     (direction,) = torch.autograd.grad(folded, leaf, at_frequency * factor)
     return bracket.upper * factor, direction
 
@@ -149,13 +149,13 @@ def _worst_frequency(
     """The bracket at the frequency and group of largest upper end, the factor on it, and the index of that matrix."""
     folded = folded_kernel(_working_copy(kernel, certified), geometry)
     taps = folded.shape[3:]
-    grid = _grid(taps)
+    grid = symbol_grid(taps)
     bracket, where = largest_transfer_norm(folded, grid, rtol)
     riesz = math.prod(1 / math.cos(math.pi * (k - 1) / (2 * n)) for k, n in zip(taps, grid, strict=True))
     return bracket, riesz * boundary_factor(kernel.shape, geometry) * (1 + 1e-14), where
 
 
-def _grid(taps: Sequence[int]) -> list[int]:
+def symbol_grid(taps: Sequence[int]) -> list[int]:
     oversampling = OVERSAMPLING[sum(k > 1 for k in taps)]
     return [max(1, oversampling * (k - 1)) for k in taps]
 

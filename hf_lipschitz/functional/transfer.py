@@ -19,7 +19,7 @@ from hf_lipschitz.functional.spectral_norm import norm_bracket
 
 
 # Entries of the Gram matrices that are held at once, 16 bytes each: memory that stays in the caches and is reused.
-CHUNK = 2**18
+CHUNK = 2**19
 
 
 class _Lags(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from hf_lipschitz.functional.checks import check_named_weight
@@ -70,6 +72,7 @@ class GramParametrization(nn.Module):
         self.is_suspended = False
         self._steps_since_refresh = 0
         self._owner: tuple[parametrize.ParametrizationList] | tuple[()] = ()
+        self._serial = next(_serials)
         _live.add(self)
 
     def bind(self, owner: parametrize.ParametrizationList, constant: float | None) -> None:
@@ -109,6 +112,7 @@ class GramParametrization(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if weight.is_meta or self.is_suspended:
             return weight
+        weight = _whole(weight)
         reference = self._reference
         if reference is None or reference.weight.device != weight.device:
             with torch.inference_mode(False):
@@ -180,6 +184,7 @@ class GramParametrization(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._serial = next(_serials)
         _live.add(self)
 
     def extra_repr(self) -> str:
@@ -187,6 +192,7 @@ class GramParametrization(nn.Module):
 
 
 _live: weakref.WeakSet[GramParametrization] = weakref.WeakSet()
+_serials = itertools.count()
 
 
 @torch.no_grad()
@@ -207,6 +213,7 @@ def refresh_all(parametrizations: Iterable[GramParametrization], *, have_changed
         weight = parametrization.original.detach()
         if weight.is_meta:
             continue
+        weight = _whole(weight)
         if not have_changed and parametrization.is_up_to_date(weight):
             parametrization._steps_since_refresh = 0
             continue
@@ -216,6 +223,11 @@ def refresh_all(parametrizations: Iterable[GramParametrization], *, have_changed
         owners, weights = [p for p, _ in pairs], [w for _, w in pairs]
         for owner, reference in zip(owners, _references(owners, weights), strict=True):
             owner.take(reference)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """All of a weight of which this process may hold a shard (FSDP2)."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _references(owners: list[GramParametrization], weights: list[Tensor]) -> list[Reference]:
@@ -294,4 +306,6 @@ def refresh_after_step(optimizer: torch.optim.Optimizer, args: Any = None, kwarg
     """
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     stepped = [p for p in list(_live) if p.is_bound and id(p.original) in moved]
+    # Gathering sharded weights is a meeting of all processes, so all of them go by the order of construction.
+    stepped.sort(key=lambda p: p._serial)
     refresh_all([p for p in stepped if p.count_step()], have_changed=True)

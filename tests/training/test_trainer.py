@@ -187,7 +187,7 @@ def test_evaluation_is_that_of_the_merged_model(build, tmp_path, monkeypatch):
     model_calls = []
     hook = model.register_forward_hook(lambda *_: model_calls.append(len(list(constrained_layers(model)))))
     with monkeypatch.context() as patch:
-        patch.setattr(parametrizations, "weight_norm_and_direction", no_norms)
+        patch.setattr(parametrizations, "norms_and_directions", no_norms)
         loss = trainer.evaluate(held_out)["eval_loss"]
         prediction = trainer.predict(held_out)
     assert set(model_calls) == {0}
