@@ -30,7 +30,7 @@ def check_kind(w: Tensor, what: str = "weight") -> None:
 def check_entries(w: Tensor, what: str = "weight") -> None:
     """The part of [`check_weight`] that reads the tensor."""
     # NaN and inf reach the extremes, in one pass and without a mask.
-    least, largest = torch.aminmax(torch.view_as_real(w) if w.is_complex() else w)
+    least, largest = torch.aminmax(torch.view_as_real(w.resolve_conj()) if w.is_complex() else w)
     if not bool(torch.isfinite(least) & torch.isfinite(largest)):
         raise ValueError(f"{what} holds NaN or inf; repair or reload it before asking for its norm")
 

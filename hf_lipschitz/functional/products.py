@@ -74,12 +74,13 @@ def allowance_of(x: Tensor) -> float:
     return FLOAT64_ALLOWANCE if is_double(x) else FLOAT32_ALLOWANCE
 
 
-def frobenius_ceiling(x: Tensor) -> Tensor:
-    """An upper bound of ‖x‖_F, float64 and 0-dim, that is 0 where x is 0 and reads a real x of any dtype once.
+def frobenius_ceiling(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An upper bound of ‖x‖_F of a real x, float64 and 0-dim, that is 0 where x is 0.
 
-    Rows are summed in the dtype of x, or float32 if that is wider; n of their terms lose less than nu of the sum.
+    Rows are summed in `dtype`, float32 or float64, or in that of x if it is wider; n of their terms lose less than nu
+    of the sum. Squares that leave the range of `dtype` are the caller's business.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.promote_types(x.dtype, dtype)
     rows = torch.linalg.vector_norm(x.reshape(1, -1) if x.dim() < 2 else x.flatten(1), dim=-1, dtype=dtype)
     length = x.numel() // max(1, rows.numel())
     return torch.linalg.vector_norm(rows, dtype=torch.float64) * (1 + (length + 16) * torch.finfo(dtype).eps)

@@ -88,7 +88,7 @@ class LipschitzLoader(HfQuantizer):
                 )
             if is_raw_loaded:
                 parametrization.check_constant()
-                parametrization.refresh()
+                parametrization.refresh(anew=True)
             else:
                 parametrization.keep_or_set_constant(self.quantization_config.layer_lipschitz)
         apply_config(model, self.quantization_config, self._new_layers)

@@ -91,7 +91,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, GramParametrization]]:
 
 def _refresh_before_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     for _, parametrization in _own(module):
-        parametrization.refresh()
+        parametrization.refresh(anew=True)
 
 
 def _add_effective_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -123,4 +123,4 @@ def _drop_effective_weights(
 def _refresh_after_loading(module: nn.Module, incompatible_keys: Any) -> None:
     for _, parametrization in _own(module):
         parametrization.check_constant()
-        parametrization.refresh()
+        parametrization.refresh(anew=True)

@@ -23,6 +23,10 @@ from hf_lipschitz.functional.weights import NormAndDirection, norms_and_directio
 SCALAR_ALLOWANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
+# Between these bounds of the norm, a distance that float32 squares would lose or overflow on does not matter.
+FLOAT32_SQUARES = (2.0**-30, 2.0**30)
+
+
 class Reference(NamedTuple):
     """A weight, a bound of its norm once it is stored in its own dtype, and the direction in which the norm grows."""
 
@@ -30,6 +34,8 @@ class Reference(NamedTuple):
     bound: Tensor
     left: Tensor
     right: Tensor
+    # In which the distance of other weights is summed.
+    sum_dtype: torch.dtype
 
 
 class GramParametrization(nn.Module):
@@ -68,6 +74,7 @@ class GramParametrization(nn.Module):
         self.register_buffer("lipschitz", torch.tensor(torch.inf, dtype=torch.float64))
         self._reference: Reference | None = None
         self._is_loose = False
+        self._has_history = False
         # True only while a checkpoint is read: the value is then the raw weight, which may be anything.
         self.is_suspended = False
         self._steps_since_refresh = 0
@@ -116,7 +123,8 @@ class GramParametrization(nn.Module):
         reference = self._reference
         if reference is None or reference.weight.device != weight.device:
             with torch.inference_mode(False):
-                reference = self._reference = _references([self], [weight.detach().clone()])[0]
+                reference = _references([self], [weight.detach().clone()], [None])[0]
+                self.take(reference, has_history=False)
         factor = operator_to_frobenius(weight.shape, self.geometry)
         return constrain(weight, reference, self.lipschitz, exact=self.exact, operator_factor=factor)
 
@@ -124,9 +132,9 @@ class GramParametrization(nn.Module):
         self._reference = None
         return weight
 
-    def refresh(self) -> Reference | None:
-        """Takes the present raw weight as the reference; does nothing where it has not changed or has no data."""
-        refresh_all([self])
+    def refresh(self, *, anew: bool = False) -> Reference | None:
+        """[`refresh_all`] of this one."""
+        refresh_all([self], anew=anew)
         return None if self.original.is_meta else self._reference
 
     @torch.no_grad()
@@ -154,9 +162,10 @@ class GramParametrization(nn.Module):
             and torch.equal(reference.weight, weight)
         )
 
-    def take(self, reference: Reference) -> None:
-        """Makes `reference` the one that reads go by."""
+    def take(self, reference: Reference, *, has_history: bool) -> None:
+        """Makes `reference` the one that reads go by; `has_history` says whether it depends on the one before it."""
         self._reference, self._is_loose, self._steps_since_refresh = reference, False, 0
+        self._has_history = has_history
 
     def start(self) -> Tensor | None:
         """The singular vector of the shorter axis of the reference, where the next bound may start from."""
@@ -196,7 +205,9 @@ _serials = itertools.count()
 
 
 @torch.no_grad()
-def refresh_all(parametrizations: Iterable[GramParametrization], *, have_changed: bool = False) -> None:
+def refresh_all(
+    parametrizations: Iterable[GramParametrization], *, have_changed: bool = False, anew: bool = False
+) -> None:
     """Takes the present raw weights as the references; weights of one shape are bounded in one call.
 
     Args:
@@ -204,6 +215,9 @@ def refresh_all(parametrizations: Iterable[GramParametrization], *, have_changed
             Those without data, and those whose weight is their reference, are left as they are.
         have_changed (`bool`, *optional*, defaults to `False`):
             Saves the comparison with the reference, where it is known that the weight is another one.
+        anew (`bool`, *optional*, defaults to `False`):
+            Makes references that depend on the weights alone, not on earlier ones from which their computation
+            started; what is saved has them, so that a resumed run is the uninterrupted one bit by bit.
 
     Raises:
         ValueError: a weight is NaN or inf; the message names the layer.
@@ -214,15 +228,18 @@ def refresh_all(parametrizations: Iterable[GramParametrization], *, have_changed
         if weight.is_meta:
             continue
         weight = _whole(weight)
-        if not have_changed and parametrization.is_up_to_date(weight):
+        is_wrong = have_changed or (anew and parametrization._has_history)
+        if not is_wrong and parametrization.is_up_to_date(weight):
             parametrization._steps_since_refresh = 0
             continue
         key = (weight.shape, weight.dtype, weight.device, parametrization.geometry, parametrization.rtol)
         alike.setdefault(key, []).append((parametrization, weight))
     for pairs in alike.values():
         owners, weights = [p for p, _ in pairs], [w for _, w in pairs]
-        for owner, reference in zip(owners, _references(owners, weights), strict=True):
-            owner.take(reference)
+        starts = [None if anew else owner.start() for owner in owners]
+        has_history = all(start is not None for start in starts)
+        for owner, reference in zip(owners, _references(owners, weights, starts), strict=True):
+            owner.take(reference, has_history=has_history)
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -230,11 +247,13 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _references(owners: list[GramParametrization], weights: list[Tensor]) -> list[Reference]:
+def _references(
+    owners: list[GramParametrization], weights: list[Tensor], starts: list[Tensor | None]
+) -> list[Reference]:
     """A reference for each of several weights of one shape; the weights are copied."""
     geometry, rtol = owners[0].geometry, owners[0].rtol
     try:
-        found = norms_and_directions(weights, geometry, rtol, [owner.start() for owner in owners])
+        found = norms_and_directions(weights, geometry, rtol, starts)
     except ValueError:
         for owner, weight in zip(owners, weights, strict=True):
             check_named_weight(owner.name, weight)
@@ -244,10 +263,12 @@ def _references(owners: list[GramParametrization], weights: list[Tensor]) -> lis
 
 def _rounded(weight: Tensor, found: NormAndDirection, geometry: ConvGeometry | None) -> Reference:
     bound, left, right = found
-    rounding = torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(weight)
+    least, most = FLOAT32_SQUARES
+    sum_dtype = left.dtype if least <= bound <= most else torch.float64
+    rounding = torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(weight, sum_dtype)
     factor = operator_to_frobenius(weight.shape, geometry)
     bound = (bound + factor * rounding) * (1 + SCALAR_ALLOWANCE[left.dtype])
-    return Reference(weight.clone(), bound, left, right)
+    return Reference(weight.clone(), bound, left, right, sum_dtype)
 
 
 def _moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor: float) -> Reference | None:
@@ -255,7 +276,7 @@ def _moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor
     weight = fn(reference.weight)
     if weight.is_meta:
         return None
-    bound, left, right = (x.to(weight.device) for x in reference[1:])
+    bound, left, right = (x.to(weight.device) for x in reference[1:4])
     wide = weight.to(reference.weight.device, torch.float64)
     change = torch.linalg.vector_norm(wide - reference.weight)
     if not torch.isfinite(change):
@@ -263,7 +284,7 @@ def _moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor
     if change != 0 or weight.dtype != reference.weight.dtype:
         rounding = torch.finfo(weight.dtype).eps / 2 * torch.linalg.vector_norm(wide)
         bound = bound + operator_factor * (change + rounding).to(bound.device)
-    return Reference(weight, bound, left, right)
+    return Reference(weight, bound, left, right, reference.sum_dtype)
 
 
 def constrain(
@@ -277,9 +298,9 @@ def constrain(
     with torch.autocast(weight.device.type, enabled=False):
         value = weight.to(reference.left.dtype)
         with torch.no_grad():
-            distance = frobenius_ceiling(value - reference.weight)
+            distance = frobenius_ceiling(value - reference.weight, reference.sum_dtype)
             if weight.dtype != reference.weight.dtype:
-                distance = distance + torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(value)
+                distance = distance + torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(value, reference.sum_dtype)
             bound = reference.bound + operator_factor * distance * (1 + 2 * torch.finfo(weight.dtype).eps)
         left, right = reference.left, reference.right
         # Zero, with the gradient of the norm; small, so that the products of no finite weight overflow.

@@ -179,9 +179,7 @@ def test_copies_live_their_own_lives() -> None:
 def test_one_norm_a_layer_and_step_however_often_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = parametrizations.norms_and_directions
-    monkeypatch.setattr(
-        parametrizations, "norms_and_directions", lambda *a, **k: calls.append(1) or real(*a, **k)
-    )
+    monkeypatch.setattr(parametrizations, "norms_and_directions", lambda *a, **k: calls.append(1) or real(*a, **k))
     model = lipschitzify(mlp(), layer_lipschitz=0.5)
     assert len(calls) == 2
     optimizer = torch.optim.AdamW(model.parameters())
