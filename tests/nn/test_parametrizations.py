@@ -268,3 +268,125 @@ def test_materialized_is_plain_inside_and_untouched_after() -> None:
         pass
     train(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert torch.equal(plain(x), expected)
+
+
+def test_layers_of_one_shape_are_bounded_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList([*(nn.Linear(20, 20) for _ in range(5)), nn.Linear(20, 7), nn.Conv1d(2, 2, 3)])
+    lipschitzify(model, layer_lipschitz=0.5)
+    sizes = []
+    real = parametrizations.norms_and_directions
+    monkeypatch.setattr(parametrizations, "norms_and_directions", lambda w, *a: sizes.append(len(w)) or real(w, *a))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sum(layer.weight.sum() for layer in model).backward()
+    optimizer.step()
+    assert sorted(sizes) == [1, 1, 5]
+    assert max(dense_norm(layer.weight) for layer in model[:6]) <= 0.5
+
+
+def test_one_shape_may_hold_weights_of_any_scale() -> None:
+    model = nn.ModuleList([nn.Linear(20, 20) for _ in range(5)])
+    for layer, scale in zip(model, (1.0, 0.0, 1e-30, 1e25, 1e-3), strict=True):
+        layer.weight.data.mul_(scale)
+    lipschitzify(model, layer_lipschitz=None, refresh_every=1000)
+    constants = [layer.parametrization.lipschitz.item() for layer in constrained_layers(model)]
+    for layer in model:
+        layer.parametrizations.weight.original.data.mul_(7)
+    for layer, constant in zip(model, constants, strict=True):
+        assert dense_norm(layer.weight) <= constant
+        assert dense_norm(layer.weight) >= 0.05 * constant
+    parametrizations.refresh_all([layer.parametrizations.weight[0] for layer in model])
+    for layer, constant in zip(model, constants, strict=True):
+        assert dense_norm(layer.weight) == pytest.approx(constant, rel=2e-3)
+
+
+@pytest.mark.parametrize("refresh_every", [1, 50])
+def test_averaged_weights_are_bounded(refresh_every: int) -> None:
+    """The average is written in place, by code that knows nothing of optimizers."""
+    model = lipschitzify(mlp(), layer_lipschitz=0.5, refresh_every=refresh_every)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=False
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = average.module[0].weight.detach().clone()
+    for _ in range(6):
+        train(model, optimizer, steps=1)
+        average.update_parameters(model)
+        assert max(norms(average.module)) <= 0.5 * (1 + 1e-7)
+    assert not torch.allclose(average.module[0].weight, before)
+    average.eval()
+    assert norms(average.module) == pytest.approx([0.5, 0.5], rel=2e-3)
+
+
+def test_a_longer_period_is_paid_for_by_the_distance_since_the_refresh() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5, mode="exact", refresh_every=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    reached = []
+    for step in range(1, 13):
+        model(torch.randn(7, 20)).square().sum().backward()
+        optimizer.step()
+        reached.append(norms(model)[0])
+        parametrization = next(constrained_layers(model)).parametrization
+        reference = parametrization._reference
+        drift = torch.linalg.vector_norm(parametrization.original - reference.weight).item()
+        assert (drift == 0) == (step % 4 == 0)
+        paid = dense_norm(parametrization.original) / (reference.bound.item() + drift) * 0.5
+        assert reached[-1] == pytest.approx(paid, rel=1e-4)
+    assert [norm > 0.4995 for norm in reached] == [step % 4 == 0 for step in range(1, 13)]
+
+
+@pytest.mark.parametrize("refresh_every", [1, 5])
+def test_what_is_saved_does_not_depend_on_how_the_weights_came_about(refresh_every: int) -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5, refresh_every=refresh_every)
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.05), steps=7)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    twin = lipschitzify(mlp(), layer_lipschitz=0.9, refresh_every=refresh_every)
+    twin.load_state_dict(saved)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    for step in range(7):
+        x = torch.randn(7, 20, generator=torch.Generator().manual_seed(step))
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(x).square().sum().backward()
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+        assert torch.equal(model[0].weight, twin[0].weight)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_training_step_compiles_in_one_graph_and_keeps_the_bound(autocast: bool) -> None:
+    model = lipschitzify(
+        nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Unflatten(1, (3, 10)), nn.Conv1d(3, 4, 3), nn.Flatten()),
+        layer_lipschitz=0.5,
+    )
+    plain = copy.deepcopy(model)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.05) for m in (compiled, plain)]
+    for step in range(4):
+        x = torch.randn(7, 20, generator=torch.Generator().manual_seed(step))
+        for m, optimizer in zip((compiled, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = -m(x).float().square().sum()
+            loss.backward()
+            optimizer.step()
+        assert dense_norm(model[0].weight) <= 0.5
+        kernel = nn.Conv1d(3, 4, 3, bias=False)
+        kernel.weight.data = model[3].weight.detach()
+        assert conv_norm(kernel, (10,)) <= 0.5
+        torch.testing.assert_close(model[0].weight, plain[0].weight, rtol=1e-3, atol=1e-3)
+    assert graphs.frame_count == 1
+    assert dense_norm(model[0].weight) > 0.499
+
+
+def test_reads_without_and_with_gradients_agree() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    with torch.no_grad():
+        first = model[0].weight
+    with torch.inference_mode():
+        second = model[0].weight.clone()
+    third = model[0].weight
+    assert torch.equal(first, third)
+    assert torch.equal(second, third)
+    assert third.requires_grad
