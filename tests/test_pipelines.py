@@ -21,7 +21,7 @@ import hf_lipschitz
 from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier
 from hf_lipschitz.configuration import SmoothingConfig
 from hf_lipschitz.conversion import lipschitzify
-from hf_lipschitz.nn import parametrizations
+from hf_lipschitz.nn import references
 from tests.families import TEXT, VISION, bert, resnet, vit
 
 
@@ -143,7 +143,7 @@ def test_runs_on_plain_weights_and_leaves_the_model_constrained(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("a norm was computed")
 
-    monkeypatch.setattr(parametrizations, "norms_and_directions", never)
+    monkeypatch.setattr(references, "norms_and_directions", never)
     first = pipe("a good film")
     assert list(model.state_dict()) == keys
     assert pipe("a good film") == first

@@ -125,8 +125,8 @@ def run_act(act: Act, output: Path, console: Console, *, command: str, seed: int
     )
 
     lipschitzify(model, act.constraint)
-    train, test = (_prepared(part, processor, model) for part in (data.train, data.test))
-    trainer = _trainer(act, model, processor, train, test, directory / "checkpoints", seed)
+    train, test = (prepared(part, processor, model) for part in (data.train, data.test))
+    trainer = trainer_of(act, model, processor, train, test, directory / "checkpoints", seed)
     with clock("train"):
         trainer.train()
     with clock("evaluate"):
@@ -204,7 +204,7 @@ class _Clock:
         self.seconds[phase] = time.perf_counter() - start
 
 
-def _prepared(part: Dataset, processor: Any, model: PreTrainedModel) -> Dataset:
+def prepared(part: Dataset, processor: Any, model: PreTrainedModel) -> Dataset:
     # A fingerprint of its own keeps the result out of the cache: processor and model are no part of it.
     options = {"batched": True, "remove_columns": "input", "new_fingerprint": uuid.uuid4().hex}
     if model.main_input_name == "pixel_values":
@@ -219,7 +219,7 @@ def _prepared(part: Dataset, processor: Any, model: PreTrainedModel) -> Dataset:
     return part.map(lambda batch: processor(batch["input"], truncation=True, max_length=limit), **options)
 
 
-def _trainer(
+def trainer_of(
     act: Act, model: PreTrainedModel, processor: Any, train: Dataset, test: Dataset, directory: Path, seed: int
 ) -> LipschitzTrainer:
     arguments = LipschitzTrainingArguments(

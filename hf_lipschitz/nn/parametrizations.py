@@ -6,46 +6,26 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.functional.geometry import ConvGeometry
-from hf_lipschitz.functional.products import frobenius_ceiling
-from hf_lipschitz.functional.weights import NormAndDirection, norms_and_directions, operator_to_frobenius
-
-
-# Covers the scalar operations between a bound and the weight it rescales, each good to one unit of its dtype.
-SCALAR_ALLOWANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
-
-
-# Between these bounds of the norm, a distance that float32 squares would lose or overflow on does not matter.
-FLOAT32_SQUARES = (2.0**-30, 2.0**30)
-
-
-class Reference(NamedTuple):
-    """A weight, a bound of its norm once it is stored in its own dtype, and the direction in which the norm grows."""
-
-    weight: Tensor
-    bound: Tensor
-    left: Tensor
-    right: Tensor
-    # In which the distance of other weights is summed.
-    sum_dtype: torch.dtype
+from hf_lipschitz.functional.weights import operator_to_frobenius
+from hf_lipschitz.nn.references import Reference, constrain, moved, new_references
 
 
 class GramParametrization(nn.Module):
-    r"""W ↦ W / max(1, b/c), with b ≥ σ₁(W) from Gram iteration (`exact=False`), or W c/b (`exact=True`).
+    r"""W ↦ W / max(1, b/c), with b ≥ σ₁(W) (`exact=False`), or W c/b (`exact=True`).
 
-    b = b_ref + f‖W - W_ref‖_F, where b_ref is the Gram bound of a reference weight W_ref. By Weyl's inequality the
-    value has spectral norm at most c at every read, whatever changed the weight since the reference was taken; when
-    the reference is refreshed after each optimizer step the second term is zero. Its gradient is that of b at the
-    reference, u vᵀ for the leading pair, and none through ‖W - W_ref‖_F. Rounding to the dtype of W is part of b_ref:
-    it adds at most f u‖W‖_F, u the unit roundoff; f is 1 for a matrix and √taps or more for a convolution.
+    b = b_ref + f‖W - W_ref‖_F, where b_ref is the upper end of the bracket of a reference weight W_ref. By Weyl's
+    inequality the value has spectral norm at most c at every read, whatever changed the weight since the reference was
+    taken; when the reference is refreshed after each optimizer step the second term is zero. Its gradient is that of b
+    at the reference, u vᵀ for the leading pair, and none through ‖W - W_ref‖_F. Rounding to the dtype of W is part of
+    b_ref: it adds at most f u‖W‖_F, u the unit roundoff; f is 1 for a matrix and √taps or more for a convolution.
 
     Args:
         geometry (`ConvGeometry`, *optional*):
@@ -53,7 +33,7 @@ class GramParametrization(nn.Module):
         exact (`bool`):
             Whether layers under the constant are scaled up to it as well.
         rtol (`float`):
-            Width of the Gram bracket at a refresh.
+            Width of the bracket at a refresh.
         refresh_every (`int`):
             Optimizer steps between two refreshes.
         name (`str`):
@@ -107,6 +87,11 @@ class GramParametrization(nn.Module):
             self.set_constant(self.lipschitz.item())
 
     @property
+    def reference(self) -> Reference | None:
+        """What reads go by at present."""
+        return self._reference
+
+    @property
     def is_bound(self) -> bool:
         """Whether [`bind`] was called."""
         return bool(self._owner)
@@ -123,7 +108,7 @@ class GramParametrization(nn.Module):
         reference = self._reference
         if reference is None or reference.weight.device != weight.device:
             with torch.inference_mode(False):
-                reference = _references([self], [weight.detach().clone()], [None])[0]
+                reference = new_references([self.name], [weight.detach().clone()], self.geometry, self.rtol, [None])[0]
                 self.take(reference, has_history=False)
         factor = operator_to_frobenius(weight.shape, self.geometry)
         return constrain(weight, reference, self.lipschitz, exact=self.exact, operator_factor=factor)
@@ -185,7 +170,7 @@ class GramParametrization(nn.Module):
         if not constant.is_meta and not self.lipschitz.is_meta:
             self.lipschitz = constant.to(self.lipschitz.device)
         if reference is not None:
-            self._reference = _moved(reference, fn, operator_to_frobenius(reference.weight.shape, self.geometry))
+            self._reference = moved(reference, fn, operator_to_frobenius(reference.weight.shape, self.geometry))
             self._is_loose |= self._reference is not None and bool(
                 self._reference.bound.to(reference.bound.device) != reference.bound
             )
@@ -237,86 +222,16 @@ def refresh_all(
     for pairs in alike.values():
         owners, weights = [p for p, _ in pairs], [w for _, w in pairs]
         starts = [None if anew else owner.start() for owner in owners]
-        has_history = all(start is not None for start in starts)
-        for owner, reference in zip(owners, _references(owners, weights, starts), strict=True):
+        # Those that are bounded together also stop together.
+        has_history = len(owners) > 1 or starts[0] is not None
+        made = new_references([p.name for p in owners], weights, owners[0].geometry, owners[0].rtol, starts)
+        for owner, reference in zip(owners, made, strict=True):
             owner.take(reference, has_history=has_history)
 
 
 def _whole(weight: Tensor) -> Tensor:
     """All of a weight of which this process may hold a shard (FSDP2)."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def _references(
-    owners: list[GramParametrization], weights: list[Tensor], starts: list[Tensor | None]
-) -> list[Reference]:
-    """A reference for each of several weights of one shape; the weights are copied."""
-    geometry, rtol = owners[0].geometry, owners[0].rtol
-    try:
-        found = norms_and_directions(weights, geometry, rtol, starts)
-    except ValueError:
-        for owner, weight in zip(owners, weights, strict=True):
-            check_named_weight(owner.name, weight)
-        raise
-    return [_rounded(weight, row, geometry) for weight, row in zip(weights, found, strict=True)]
-
-
-def _rounded(weight: Tensor, found: NormAndDirection, geometry: ConvGeometry | None) -> Reference:
-    bound, left, right = found
-    least, most = FLOAT32_SQUARES
-    sum_dtype = left.dtype if least <= bound <= most else torch.float64
-    rounding = torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(weight, sum_dtype)
-    factor = operator_to_frobenius(weight.shape, geometry)
-    bound = (bound + factor * rounding) * (1 + SCALAR_ALLOWANCE[left.dtype])
-    return Reference(weight.clone(), bound, left, right, sum_dtype)
-
-
-def _moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor: float) -> Reference | None:
-    """The reference after `fn` moved or cast its weight: sound by Weyl's inequality whatever `fn` does."""
-    weight = fn(reference.weight)
-    if weight.is_meta:
-        return None
-    bound, left, right = (x.to(weight.device) for x in reference[1:4])
-    wide = weight.to(reference.weight.device, torch.float64)
-    change = torch.linalg.vector_norm(wide - reference.weight)
-    if not torch.isfinite(change):
-        return None
-    if change != 0 or weight.dtype != reference.weight.dtype:
-        rounding = torch.finfo(weight.dtype).eps / 2 * torch.linalg.vector_norm(wide)
-        bound = bound + operator_factor * (change + rounding).to(bound.device)
-    return Reference(weight, bound, left, right, reference.sum_dtype)
-
-
-def constrain(
-    weight: Tensor, reference: Reference, constant: Tensor, *, exact: bool, operator_factor: float = 1.0
-) -> Tensor:
-    """The value of [`GramParametrization`], in tensor operations only: it compiles, and runs under any transform.
-
-    `operator_factor` is that of [`operator_to_frobenius`]. NaN in the weight or in a bound gives NaN, never a weight
-    that is not constrained.
-    """
-    with torch.autocast(weight.device.type, enabled=False):
-        value = weight.to(reference.left.dtype)
-        with torch.no_grad():
-            distance = frobenius_ceiling(value - reference.weight, reference.sum_dtype)
-            if weight.dtype != reference.weight.dtype:
-                distance = distance + torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(value, reference.sum_dtype)
-            bound = reference.bound + operator_factor * distance * (1 + 2 * torch.finfo(weight.dtype).eps)
-        left, right = reference.left, reference.right
-        # Zero, with the gradient of the norm; small, so that the products of no finite weight overflow.
-        along = left @ (value.reshape(left.numel(), right.numel()) @ (right * 2.0**-20))
-        bound = bound + (along - along.detach()).double() * 2.0**20
-        # Entries below the normal numbers are rounded by up to this much, whatever their size.
-        lost = operator_factor * _subnormal_unit(weight.dtype) * weight.numel() ** 0.5
-        # The clone keeps autograd from saving the buffer itself, which data parallelism overwrites between forwards.
-        scale = (constant.clone() - lost).clamp_min(0) / torch.where(bound == 0, torch.ones_like(bound), bound)
-        if not exact:
-            scale = torch.where(bound <= constant, torch.ones_like(scale), scale.clamp(max=1.0))
-        return (value * scale).to(weight.dtype)
-
-
-def _subnormal_unit(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
 
 
 def refresh_after_step(optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:

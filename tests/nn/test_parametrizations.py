@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hf_lipschitz.conversion import lipschitzify, materialized
-from hf_lipschitz.nn import parametrizations
+from hf_lipschitz.nn import parametrizations, references
 from hf_lipschitz.nn.attachment import constrained_layers
 from tests.operators import conv_norm, dense_norm
 
@@ -179,8 +179,8 @@ def test_copies_live_their_own_lives() -> None:
 
 def test_one_norm_a_layer_and_step_however_often_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = parametrizations.norms_and_directions
-    monkeypatch.setattr(parametrizations, "norms_and_directions", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = references.norms_and_directions
+    monkeypatch.setattr(references, "norms_and_directions", lambda *a, **k: calls.append(1) or real(*a, **k))
     model = lipschitzify(mlp(), layer_lipschitz=0.5)
     assert len(calls) == 2
     optimizer = torch.optim.AdamW(model.parameters())
@@ -275,8 +275,8 @@ def test_layers_of_one_shape_are_bounded_in_one_call(monkeypatch: pytest.MonkeyP
     model = nn.ModuleList([*(nn.Linear(20, 20) for _ in range(5)), nn.Linear(20, 7), nn.Conv1d(2, 2, 3)])
     lipschitzify(model, layer_lipschitz=0.5)
     sizes = []
-    real = parametrizations.norms_and_directions
-    monkeypatch.setattr(parametrizations, "norms_and_directions", lambda w, *a: sizes.append(len(w)) or real(w, *a))
+    real = references.norms_and_directions
+    monkeypatch.setattr(references, "norms_and_directions", lambda w, *a: sizes.append(len(w)) or real(w, *a))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sum(layer.weight.sum() for layer in model).backward()
     optimizer.step()

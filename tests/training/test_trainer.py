@@ -5,8 +5,8 @@ from tiny_models import Examples, bert, gpt2, resnet, vit
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments, ViTImageProcessor
 
-import hf_lipschitz.nn.parametrizations as parametrizations
 from hf_lipschitz import lipschitzify, merge
+from hf_lipschitz.nn import references
 from hf_lipschitz.nn.attachment import constrained_layers
 from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
 from hf_lipschitz.training.curvature import curvature_penalty
@@ -187,7 +187,7 @@ def test_evaluation_is_that_of_the_merged_model(build, tmp_path, monkeypatch):
     model_calls = []
     hook = model.register_forward_hook(lambda *_: model_calls.append(len(list(constrained_layers(model)))))
     with monkeypatch.context() as patch:
-        patch.setattr(parametrizations, "norms_and_directions", no_norms)
+        patch.setattr(references, "norms_and_directions", no_norms)
         loss = trainer.evaluate(held_out)["eval_loss"]
         prediction = trainer.predict(held_out)
     assert set(model_calls) == {0}
