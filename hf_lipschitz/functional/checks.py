@@ -52,3 +52,9 @@ def check_named_weight(name: str, w: Tensor) -> None:
     """[`check_weight`] with the layer's name in the message; a weight on the meta device has nothing to check."""
     if not w.is_meta:
         check_weight(w.detach(), f"layer {name}: weight")
+
+
+def check_rtol(rtol: float) -> None:
+    """Raises a ValueError unless 0 < rtol <= 1."""
+    if not 0 < rtol <= 1:
+        raise ValueError(f"rtol must be in (0, 1], got {rtol}; 1e-3 is the usual choice")

@@ -145,7 +145,7 @@ def _ceiling(g: Tensor, low: Tensor, loss: Tensor, rtol: float, verify: bool) ->
     diagonal += c[..., None].to(g.dtype)
     defect = semidefinite_defect(shifted, verify=verify)
     rounding = 2 * UNIT_ROUNDOFF * diagonal.abs().amax(-1)
-    return torch.where(is_zero, loss, c + defect + rounding + loss)
+    return torch.where(is_zero, g.shape[-1] * loss, c + defect + rounding + loss)
 
 
 def _trace(g: Tensor) -> Tensor:

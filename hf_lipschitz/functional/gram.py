@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lipschitz.functional.checks import check_matrix
+from hf_lipschitz.functional.checks import check_matrix, check_rtol
 from hf_lipschitz.functional.precision import full_precision
 from hf_lipschitz.functional.products import (
     UNIT_ROUNDOFF,
@@ -50,7 +50,7 @@ def gram_bracket(
     2^{N+1} of W after N steps; Delattre et al. 2023, theorem 2), A/n + √((n-1)/n)·‖G - (A/n)I‖_F (Samuelson 1968) and
     θ + r²/(θ - ν) (Kato-Temple, with θ = vᴴGv, r = ‖Gv - θv‖, ν² = B - θ², where ν < θ). The least of them is the
     upper end and θ the lower end; both go back to the scale of W through the square roots. In float64 the rounding of
-    every product is carried through those square roots; in float32 the ends are widened by 1e-5.
+    every product is carried through those square roots; in float32 the ends are widened by 2e-5.
 
     Args:
         w (`Tensor` of shape `(..., m, n)`):
@@ -148,8 +148,7 @@ def _image(w: Tensor, v: Tensor) -> Tensor:
 
 def _check_arguments(w: Tensor, rtol: float, max_iterations: int) -> None:
     check_matrix(w)
-    if not rtol > 0:
-        raise ValueError(f"rtol must be positive, got {rtol}; 1e-3 is the usual choice")
+    check_rtol(rtol)
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
 

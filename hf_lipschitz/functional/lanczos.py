@@ -43,7 +43,7 @@ def leading_vectors(g: Tensor, rtol: float, *, start: Tensor | None = None, max_
     q = unit(_start(g))
     if start is not None:
         # A little of the other vector, for a start may be orthogonal to the one that is looked for.
-        q = unit(unit(start.to(g.dtype).unsqueeze(-1)) + 3e-3 * q)
+        q = unit(unit(torch.nan_to_num(start.to(g.dtype), 0, 0, 0).unsqueeze(-1)) + 3e-3 * q)
     breakdown = torch.finfo(real).eps ** 0.75
     for k in range(basis.shape[1]):
         basis[:, k] = q.squeeze(-1)

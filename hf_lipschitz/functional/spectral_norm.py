@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_lipschitz.functional.checks import check_entries, check_matrix_kind
+from hf_lipschitz.functional.checks import check_entries, check_matrix_kind, check_rtol
 from hf_lipschitz.functional.eigenvalue import eigenvalue_brackets
 from hf_lipschitz.functional.gram import GramBracket, gram_bracket
 from hf_lipschitz.functional.precision import full_precision
 from hf_lipschitz.functional.products import (
-    FLOAT32_BLOCK,
+    FLOAT32_SUM,
     allowance_of,
     computation_dtype,
     gram_loss,
@@ -41,8 +41,8 @@ def spectral_norm_bound(
     In float64 the rounding of every product, and of the factorisation, is bounded by analysis and added: a computed
     Gram matrix differs from the exact one by at most γ_m‖G‖_F² in norm, γ_m = mu/(1 - mu) with m the inner dimension
     and u = 2⁻⁵³ (Higham 2002, eq. 3.13), and [`semidefinite_defect`] measures what the factor misses. For float32
-    that worst case would say nothing: sums are cut into blocks of 512 terms that are added up in float64, and the ends
-    are widened by 1e-5. Below the normal numbers of float64 nothing is promised.
+    that worst case would say nothing: sums are cut into blocks of 256 terms that are added up in float64, and the ends
+    are widened by 2e-5, which covers sums of one sign. Below the normal numbers of float64 nothing is promised.
 
     Args:
         w (`Tensor` of shape `(..., m, n)`):
@@ -90,8 +90,7 @@ def cholesky_bracket(
 ) -> GramBracket:
     """The `"cholesky"` method; a matrix whose top Lanczos misses again and again goes to Gram iteration."""
     check_matrix_kind(w)
-    if not rtol > 0:
-        raise ValueError(f"rtol must be positive, got {rtol}; 1e-3 is the usual choice")
+    check_rtol(rtol)
     matrix = w.detach().to(computation_dtype(w.dtype, certified))
     is_tall = matrix.shape[-2] >= matrix.shape[-1]
     tall = matrix if is_tall else matrix.mH
@@ -137,4 +136,4 @@ def _gram_matrices(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _product_with_itself(h: Tensor) -> Tensor:
     g = product(h.mH, h, keep_wide=True)
     # A factorisation has sums as long as a row.
-    return g.to(h.dtype if h.shape[-1] <= FLOAT32_BLOCK else wide_dtype(h.dtype))
+    return g.to(h.dtype if h.shape[-1] <= FLOAT32_SUM else wide_dtype(h.dtype))

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_lipschitz.functional.eigenvalue import EigenvalueBracket, largest_eigenvalue_bracket
 from hf_lipschitz.functional.gram import GramBracket, largest_gram_bracket
 from hf_lipschitz.functional.precision import full_precision
-from hf_lipschitz.functional.products import FLOAT32_BLOCK, allowance_of, gamma, is_double, product, unit
+from hf_lipschitz.functional.products import FLOAT32_SUM, UNIT_ROUNDOFF, allowance_of, gamma, is_double, product, unit
 from hf_lipschitz.functional.scaling import exponent_of, scale_by_power_of_two
 from hf_lipschitz.functional.spectral_norm import norm_bracket
 
@@ -44,7 +44,7 @@ def largest_transfer_norm(
     ([`largest_eigenvalue_bracket`]).
 
     In float64 the rounding is bounded by analysis: every R_d sums products of length m = c·k_1·…, and the sum over the
-    D lags has phases good to 16 units, so that \(\|\Delta G\| \le (\gamma_m + \gamma_{2D+64}) (\sum_t \|K_t\|_F)^2\).
+    D lags has phases good to 17 units, so that \(\|\Delta G\| \le (\gamma_m + \gamma_{2D+64}) (\sum_t \|K_t\|_F)^2\).
 
     Args:
         folded (`Tensor` of shape `(groups, c_out, c_in, k_1, ...)`):
@@ -59,14 +59,22 @@ def largest_transfer_norm(
         one as in [`spectral_norm_bound`], and the index (group, j_1, ...) of its matrix; as K is real, the last
         frequency is at most half the grid.
     """
+    kernel, loss = wrap_taps(folded, grid)
     if all(n == 1 for n in grid):
-        return _one_frequency(wrap_taps(folded, grid), rtol)
-    if folded.device.type != "cpu":
-        return _by_gram_iteration(folded, grid, rtol)
-    exponent = exponent_of(folded.abs().amax())
-    kernel = wrap_taps(scale_by_power_of_two(folded, -exponent), grid)
+        bracket, where = _one_frequency(kernel, rtol)
+    elif folded.device.type == "cpu":
+        bracket, where = _by_cholesky(kernel, grid, rtol)
+    else:
+        bracket, where = _by_gram_iteration(kernel, grid, rtol)
+    return bracket._replace(lower=(bracket.lower - loss).clamp_min(0), upper=bracket.upper + loss), where
+
+
+def _by_cholesky(kernel: Tensor, grid: Sequence[int], rtol: float) -> tuple[GramBracket, tuple[Tensor, ...]]:
+    unscaled = kernel
+    exponent = exponent_of(kernel.abs().amax())
+    kernel = scale_by_power_of_two(kernel, -exponent)
     is_wide = kernel.shape[2] > kernel.shape[1]
-    with full_precision(folded.device.type):
+    with full_precision(kernel.device.type):
         found, where = _largest_gram_matrix(kernel.transpose(1, 2) if is_wide else kernel, grid, rtol)
         matrix = _transfer_matrix(kernel, grid, where)
         # The Gram matrix of the transposed kernel is the conjugate of K̂K̂ᴴ.
@@ -74,8 +82,8 @@ def largest_transfer_norm(
         right = unit(matrix.mH @ vector.conj()) if is_wide else vector
         left = unit(matrix @ right)
     if not bool(torch.isfinite(found.upper)):
-        return _by_gram_iteration(folded, grid, rtol)
-    allowance = allowance_of(folded)
+        return _by_gram_iteration(unscaled, grid, rtol)
+    allowance = allowance_of(kernel)
     lower = scale_by_power_of_two(found.lower.sqrt() * (1 - allowance), exponent)
     upper = scale_by_power_of_two(found.upper.sqrt() * (1 + allowance), exponent)
     return GramBracket(lower, upper, left.squeeze(-1), right.squeeze(-1)), where
@@ -92,8 +100,20 @@ def transfer_gradient(folded: Tensor, grid: Sequence[int], where: tuple[Tensor, 
     return gradient
 
 
-def wrap_taps(folded: Tensor, grid: Sequence[int]) -> Tensor:
-    """The kernel with taps k and k + n added up on each axis of n frequencies: the same matrices on the grid."""
+def wrap_taps(folded: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The kernel with taps k and k + n added up on each axis of n frequencies, and what rounding took from a norm.
+
+    The matrices on the grid are the same; the sums are in float64, for taps may cancel.
+    """
+    if all(k <= n for k, n in zip(folded.shape[3:], grid, strict=True)):
+        return folded, folded.new_zeros((), dtype=torch.float64)
+    wrapped = _wrapped(folded.double(), grid)
+    sizes = _wrapped(folded.double().abs(), grid).movedim((1, 2), (-2, -1))
+    size = torch.linalg.vector_norm(sizes, dim=(-2, -1)).flatten(1).sum(1).amax()
+    return wrapped, math.prod(folded.shape[3:]) * UNIT_ROUNDOFF * (1 + 1e-6) * size
+
+
+def _wrapped(folded: Tensor, grid: Sequence[int]) -> Tensor:
     for axis, points in enumerate(grid, start=3):
         taps = folded.shape[axis]
         if taps > points:
@@ -167,8 +187,8 @@ def _autocorrelation(kernel: Tensor) -> _Lags:
     groups, m, n = kernel.shape[:3]
     taps = kernel.shape[3:]
     by_tap = kernel.movedim((1, 2), (-2, -1))
-    # The sums of a factorisation are as long as a row.
-    dtype = kernel.dtype if n <= FLOAT32_BLOCK else torch.float64
+    # The sums of a factorisation are as long as a row, those over lags as long as there are lags.
+    dtype = kernel.dtype if max(n, math.prod(2 * k - 1 for k in taps)) <= FLOAT32_SUM else torch.float64
     zero, others, lags = None, [], []
     for lag in _half_lags(taps):
         ahead = by_tap[(slice(None), *(slice(max(d, 0), k + min(d, 0)) for d, k in zip(lag, taps, strict=True)))]
@@ -223,17 +243,20 @@ def _angles(frequencies: Tensor, shifts: Tensor, grid: Sequence[int]) -> Tensor:
     return turns.remainder(points).double() * (2 * math.pi / points)
 
 
-def _by_gram_iteration(folded: Tensor, grid: Sequence[int], rtol: float) -> tuple[GramBracket, tuple[Tensor, ...]]:
-    wrapped = wrap_taps(folded, grid)
-    matrices = transfer_matrices(wrapped, grid)
+def _by_gram_iteration(kernel: Tensor, grid: Sequence[int], rtol: float) -> tuple[GramBracket, tuple[Tensor, ...]]:
+    matrices = transfer_matrices(kernel, grid)
     bracket, index = largest_gram_bracket(matrices.flatten(0, -3), rtol)
     where = torch.unravel_index(index, matrices.shape[:-2])
-    return bracket._replace(upper=bracket.upper + _transform_loss(wrapped, grid)), where
+    loss = _transform_loss(kernel, grid)
+    return bracket._replace(lower=(bracket.lower - loss).clamp_min(0), upper=bracket.upper + loss), where
 
 
 def _transform_loss(folded: Tensor, grid: Sequence[int]) -> Tensor:
-    """What rounding in the Fourier transform can take from a norm: 8u log₂(n)·√n ‖K‖_F, zero in float32."""
+    """What rounding in a Fourier transform, however it is done, can take from a norm: 4(n + 16)u·√n ‖K‖_F.
+
+    Far more than any fast transform loses; zero in float32, where the allowance has to cover it.
+    """
     points = math.prod(grid)
     if not is_double(folded) or points == 1:
         return folded.new_zeros((), dtype=torch.float64)
-    return 8 * 2.0**-53 * math.log2(points) * math.sqrt(points) * torch.linalg.vector_norm(folded)
+    return 4 * (points + 16) * UNIT_ROUNDOFF * math.sqrt(points) * torch.linalg.vector_norm(folded)

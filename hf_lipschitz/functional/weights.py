@@ -91,6 +91,7 @@ def norms_and_directions(
 
 
 def _of_kernel(kernel: Tensor, geometry: ConvGeometry, rtol: float) -> NormAndDirection:
+    check_weight(kernel, "kernel")
     bound, direction = conv_bound_and_direction(kernel, geometry, rtol)
     return NormAndDirection(bound, torch.ones_like(direction.flatten()[:1]), direction.flatten())
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from hf_lipschitz.functional.geometry import ConvGeometry
 from hf_lipschitz.functional.weights import operator_to_frobenius
-from hf_lipschitz.nn.references import Reference, constrain, moved, new_references
+from hf_lipschitz.nn.references import FLOAT32_RANGE, Reference, constrain, is_outside, moved, new_references
 
 
 class GramParametrization(nn.Module):
@@ -55,6 +55,7 @@ class GramParametrization(nn.Module):
         self._reference: Reference | None = None
         self._is_loose = False
         self._has_history = False
+        self._is_wide = False
         # True only while a checkpoint is read: the value is then the raw weight, which may be anything.
         self.is_suspended = False
         self._steps_since_refresh = 0
@@ -80,6 +81,7 @@ class GramParametrization(nn.Module):
         if not 0 <= constant < math.inf:
             raise ValueError(f"layer {self.name}: the Lipschitz constant must be finite and >= 0, got {constant}")
         self.lipschitz.fill_(constant)
+        self._is_wide = constant != 0 and is_outside(constant, FLOAT32_RANGE)
 
     def check_constant(self) -> None:
         """Raises a ValueError where c, which may come from a file, is not a finite number of at least zero."""
@@ -107,15 +109,25 @@ class GramParametrization(nn.Module):
         weight = _whole(weight)
         reference = self._reference
         if reference is None or reference.weight.device != weight.device:
-            with torch.inference_mode(False):
-                reference = new_references([self.name], [weight.detach().clone()], self.geometry, self.rtol, [None])[0]
-                self.take(reference, has_history=False)
+            self._refer_to(weight)
+            reference = self._reference
         factor = operator_to_frobenius(weight.shape, self.geometry)
-        return constrain(weight, reference, self.lipschitz, exact=self.exact, operator_factor=factor)
+        return constrain(
+            weight, reference, self.lipschitz, exact=self.exact, operator_factor=factor, is_wide=self._is_wide
+        )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        self._reference = None
+        if weight.is_meta or self.is_suspended:
+            self._reference = None
+        else:
+            self._refer_to(weight)
         return weight
+
+    def _refer_to(self, weight: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            weight = weight.detach().clone()
+            (reference,) = new_references([self.name], [weight], self.geometry, self.rtol, [None])
+        self.take(reference, has_history=False)
 
     def refresh(self, *, anew: bool = False) -> Reference | None:
         """[`refresh_all`] of this one."""
@@ -207,6 +219,12 @@ def refresh_all(
     Raises:
         ValueError: a weight is NaN or inf; the message names the layer.
     """
+    # References made under inference mode could not be trained with afterwards.
+    with torch.inference_mode(False):
+        _refresh_all(parametrizations, have_changed, anew)
+
+
+def _refresh_all(parametrizations: Iterable[GramParametrization], have_changed: bool, anew: bool) -> None:
     alike: dict[tuple[Any, ...], list[tuple[GramParametrization, Tensor]]] = {}
     for parametrization in parametrizations:
         weight = parametrization.original.detach()

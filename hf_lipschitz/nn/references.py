@@ -18,8 +18,9 @@ from hf_lipschitz.functional.weights import NormAndDirection, norms_and_directio
 SCALAR_ALLOWANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
-# Between these bounds of the norm, a distance that float32 squares would lose or overflow on does not matter.
-FLOAT32_SQUARES = (2.0**-30, 2.0**30)
+# Norms and constants with squares, and quotients, well inside float32. Others are handled in float64, within its own.
+FLOAT32_RANGE = (2.0**-30, 2.0**30)
+FLOAT64_RANGE = (2.0**-400, 2.0**400)
 
 
 class Reference(NamedTuple):
@@ -29,8 +30,8 @@ class Reference(NamedTuple):
     bound: Tensor
     left: Tensor
     right: Tensor
-    # In which the distance of other weights is summed.
-    sum_dtype: torch.dtype
+    # Whether reads of other weights go by float64.
+    is_wide: bool
 
 
 def new_references(
@@ -51,17 +52,30 @@ def new_references(
         for name, weight in zip(names, weights, strict=True):
             check_named_weight(name, weight)
         raise
-    return [_rounded(weight, row, geometry) for weight, row in zip(weights, found, strict=True)]
+    made = []
+    for name, weight, row in zip(names, weights, found, strict=True):
+        if row.bound != 0 and is_outside(row.bound, FLOAT64_RANGE):
+            raise ValueError(f"layer {name}: its norm is about {row.bound.item():.1e}; rescale the weight first")
+        made.append(_rounded(weight, row, geometry))
+    return made
+
+
+def is_outside(value: float | Tensor, limits: tuple[float, float]) -> bool:
+    """Whether a number is not within two others; NaN is not."""
+    return not limits[0] <= value <= limits[1]
 
 
 def _rounded(weight: Tensor, found: NormAndDirection, geometry: ConvGeometry | None) -> Reference:
     bound, left, right = found
-    least, most = FLOAT32_SQUARES
-    sum_dtype = left.dtype if least <= bound <= most else torch.float64
-    rounding = torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(weight, sum_dtype)
+    is_wide = is_outside(bound, FLOAT32_RANGE)
+    unit = torch.finfo(weight.dtype).eps / 2
+    if weight.dtype != left.dtype:
+        # Rounded twice: to the dtype of the computation, and to its own.
+        unit += torch.finfo(left.dtype).eps
+    rounding = unit * frobenius_ceiling(weight, torch.float64 if is_wide else left.dtype)
     factor = operator_to_frobenius(weight.shape, geometry)
     bound = (bound + factor * rounding) * (1 + SCALAR_ALLOWANCE[left.dtype])
-    return Reference(weight.clone(), bound, left, right, sum_dtype)
+    return Reference(weight.clone(), bound, left, right, is_wide)
 
 
 def moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor: float) -> Reference | None:
@@ -77,25 +91,32 @@ def moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor:
     if change != 0 or weight.dtype != reference.weight.dtype:
         rounding = torch.finfo(weight.dtype).eps / 2 * torch.linalg.vector_norm(wide)
         bound = bound + operator_factor * (change + rounding).to(bound.device)
-    return Reference(weight, bound, left, right, reference.sum_dtype)
+    return Reference(weight, bound, left, right, reference.is_wide)
 
 
 def constrain(
-    weight: Tensor, reference: Reference, constant: Tensor, *, exact: bool, operator_factor: float = 1.0
+    weight: Tensor,
+    reference: Reference,
+    constant: Tensor,
+    *,
+    exact: bool,
+    operator_factor: float = 1.0,
+    is_wide: bool = False,
 ) -> Tensor:
     """The value of [`GramParametrization`], in tensor operations only: it compiles, and runs under any transform.
 
-    `operator_factor` is that of [`operator_to_frobenius`]. NaN in the weight or in a bound gives NaN, never a weight
-    that is not constrained.
+    `operator_factor` is that of [`operator_to_frobenius`]; `is_wide` is for constants that need float64. NaN in the
+    weight or in a bound gives NaN, never a weight that is not constrained.
     """
     with torch.autocast(weight.device.type, enabled=False):
-        value = weight.to(reference.left.dtype)
+        value = weight.to(torch.float64 if is_wide or reference.is_wide else reference.left.dtype)
         with torch.no_grad():
-            distance = frobenius_ceiling(value - reference.weight, reference.sum_dtype)
+            distance = frobenius_ceiling(value - reference.weight, value.dtype)
             if weight.dtype != reference.weight.dtype:
-                distance = distance + torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(value, reference.sum_dtype)
-            bound = reference.bound + operator_factor * distance * (1 + 2 * torch.finfo(weight.dtype).eps)
-        left, right = reference.left, reference.right
+                distance = distance + torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(value, value.dtype)
+            eps = max(torch.finfo(weight.dtype).eps, torch.finfo(value.dtype).eps)
+            bound = reference.bound + operator_factor * distance * (1 + 2 * eps)
+        left, right = reference.left.to(value.dtype), reference.right.to(value.dtype)
         # Zero, with the gradient of the norm; small, so that the products of no finite weight overflow.
         along = left @ (value.reshape(left.numel(), right.numel()) @ (right * 2.0**-20))
         bound = bound + (along - along.detach()).double() * 2.0**20

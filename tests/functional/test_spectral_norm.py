@@ -51,8 +51,9 @@ def test_float32_ends_hold_in_exact_arithmetic(method: str) -> None:
 def test_cholesky_and_gram_agree(w: torch.Tensor, rtol: float, dtype: torch.dtype) -> None:
     stored = w.to(dtype)
     exact = dense_norm(stored)
-    slack = 4e-5 if dtype is torch.float32 else 1e-8
     for method in ("cholesky", "gram"):
+        # Gram iteration stops at 24 steps, which may be before clusters of singular values part.
+        slack = 5e-5 if dtype is torch.float32 else 1e-10 if method == "cholesky" else 1e-6
         lower, upper = spectral_norm_bound(stored, rtol, method=method)
         assert lower.item() <= exact * (1 + 1e-14)
         assert upper.item() >= exact * (1 - 1e-14)
@@ -69,7 +70,7 @@ def test_cholesky_bracket_against_svd(shape: tuple[int, ...], dtype: torch.dtype
     assert bracket.lower.shape == bracket.upper.shape == shape[:-2]
     assert (bracket.lower <= exact).all()
     assert (exact <= bracket.upper).all()
-    assert (bracket.upper / bracket.lower - 1 <= 1e-3 + 4e-5).all()
+    assert (bracket.upper / bracket.lower - 1 <= 1e-3 + 5e-5).all()
     value = (bracket.left.conj() * (w @ bracket.right.unsqueeze(-1)).squeeze(-1)).sum(-1).real
     torch.testing.assert_close(value.double(), exact, rtol=1e-3, atol=0)
 
@@ -241,7 +242,7 @@ def test_transfer_norm_is_the_largest_over_the_whole_grid(
     every = whole[(..., *(slice(None, None, t // n) for t, n in zip(taps, grid, strict=True)))]
     exact = torch.linalg.svdvals(every.movedim((1, 2), (-2, -1)))[..., 0]
     assert bracket.lower.item() <= exact.max().item() <= bracket.upper.item()
-    assert bracket.upper.item() <= exact.max().item() * (1 + 1.3e-4)
+    assert bracket.upper.item() <= exact.max().item() * (1 + 1.5e-4)
     assert exact[tuple(w.item() for w in where)].item() == pytest.approx(exact.max().item(), rel=1e-4)
 
 
@@ -258,3 +259,47 @@ def test_transfer_gradient_is_that_of_the_norm() -> None:
 def test_unknown_method_is_named() -> None:
     with pytest.raises(ValueError, match="known: auto, gram, cholesky"):
         spectral_norm_bound(torch.eye(2), method="svd")
+
+
+@pytest.mark.parametrize("small", [0.9995, 1.0005])
+@pytest.mark.parametrize("columns", [1, 2, 8, 40])
+@pytest.mark.parametrize("rows", [256, 384, 512, 1024])
+def test_float32_sums_that_stand_still(rows: int, columns: int, small: float) -> None:
+    """One large row and many just under, or over, half a unit of the sum so far: nothing in float32 loses more."""
+    w = torch.full((rows, columns), small)
+    w[0] = 4096.0
+    exact = dense_norm(w)
+    for method in ("cholesky", "gram"):
+        for rtol in (1e-3, 1e-6):
+            lower, upper = spectral_norm_bound(w, rtol, method=method)
+            assert lower.item() <= exact <= upper.item()
+
+
+def test_float32_sums_over_many_lags_that_stand_still() -> None:
+    kernel = torch.ones(1, 1, 1, 4096)
+    kernel[..., :2] = 2.0**25 * 1.01
+    bracket, _ = largest_transfer_norm(kernel, [4099])
+    assert bracket.lower.item() <= kernel.double().sum().item() <= bracket.upper.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("taps", [[1.0, 2.0**-54, -1.0], [1.0, 3 * 2.0**-54, -1.0], [1.0, 1e-4, -1.0]])
+def test_taps_that_cancel_where_they_are_wrapped(taps: list[float], dtype: torch.dtype) -> None:
+    kernel = torch.tensor(taps, dtype=dtype).reshape(1, 1, 1, 3)
+    exact = abs(sum(rationals(kernel.reshape(1, 3))[0]))
+    bracket, _ = largest_transfer_norm(kernel, [1])
+    assert bracket.lower.item() <= exact <= bracket.upper.item()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_start_that_is_no_number_costs_time_at_most(value: float) -> None:
+    w = torch.randn(100, 90)
+    bracket = norm_bracket(w, method="cholesky", start=torch.full((90,), value))
+    assert bracket.lower.item() <= dense_norm(w) <= bracket.upper.item()
+
+
+@pytest.mark.parametrize("rtol", [0.0, -1.0, float("nan"), 1e200])
+@pytest.mark.parametrize("method", ["cholesky", "gram"])
+def test_widths_that_mean_nothing_are_named(method: str, rtol: float) -> None:
+    with pytest.raises(ValueError, match=r"rtol must be in \(0, 1\]"):
+        spectral_norm_bound(torch.eye(2), rtol, method=method)

@@ -394,3 +394,81 @@ def test_reads_without_and_with_gradients_agree() -> None:
     assert torch.equal(first, third)
     assert torch.equal(second, third)
     assert third.requires_grad
+
+
+@pytest.mark.parametrize("refresh_every", [1, 3])
+def test_training_goes_on_after_evaluation_under_inference_mode(refresh_every: int) -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5, refresh_every=refresh_every)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        train(model, optimizer, steps=1)
+        with torch.inference_mode():
+            model.eval()
+            model(torch.randn(3, 20))
+            model.load_state_dict(model.state_dict())
+        model.train()
+    train(model, optimizer, steps=1)
+
+
+def test_what_is_saved_after_an_assignment_depends_on_the_weights_alone() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(*(nn.Linear(80, 80) for _ in range(3)))
+        twin = lipschitzify(copy.deepcopy(model), layer_lipschitz=0.9)
+        lipschitzify(model, layer_lipschitz=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model[0].weight = torch.randn(80, 80)
+        model(torch.randn(3, 80)).sum().backward()
+        model[0].weight = torch.randn(80, 80)
+        optimizer.step()
+        twin.load_state_dict(model.state_dict())
+        for ours, theirs in zip(constrained_layers(model), constrained_layers(twin), strict=True):
+            assert torch.equal(ours.parametrization.reference.bound, theirs.parametrization.reference.bound)
+            assert torch.equal(ours.parametrization.reference.right, theirs.parametrization.reference.right)
+            assert torch.equal(ours.effective_weight, theirs.effective_weight)
+
+
+@pytest.mark.parametrize("mode", ["cap", "exact"])
+@pytest.mark.parametrize(
+    ("scale", "constant"), [(1e25, 1.2e-17), (3e36, 1e-3), (1.0, 1e-38), (1e-42, 1.0), (1e-20, 1e9)]
+)
+def test_factors_beyond_float32(scale: float, constant: float, mode: str) -> None:
+    linear = nn.Linear(6, 5)
+    linear.weight.data = torch.randn(5, 6) * scale
+    before = dense_norm(linear.weight)
+    lipschitzify(linear, layer_lipschitz=constant, mode=mode)
+    expected = constant if mode == "exact" else min(constant, before)
+    assert expected * 0.998 <= dense_norm(linear.weight) <= expected * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_weights_with_squares_beyond_float64_are_refused(scale: float) -> None:
+    linear = nn.Linear(6, 5).double()
+    linear.weight.data.mul_(scale)
+    with pytest.raises(ValueError, match="rescale the weight"):
+        lipschitzify(linear, layer_lipschitz=1.0)
+
+
+def test_one_row_of_half_units_stays_under_its_constant() -> None:
+    for columns in (384, 385):
+        linear = nn.Linear(columns, 1)
+        linear.weight.data.fill_(0.9995)[0, 0] = 4096.0
+        lipschitzify(linear, layer_lipschitz=0.5)
+        assert 0.4999 <= dense_norm(linear.weight) <= 0.5
+
+
+def test_nan_kernel_after_a_step_names_the_layer() -> None:
+    model = lipschitzify(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), layer_lipschitz=0.5)
+    raw = model[0].parametrizations.weight.original
+    raw.grad = torch.full_like(raw, torch.nan)
+    with pytest.raises(ValueError, match="layer 0: .*NaN"):
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+
+
+def test_assigned_weights_are_read_under_transforms() -> None:
+    model = lipschitzify(mlp(), layer_lipschitz=0.5)
+    model[0].weight = torch.randn(30, 20)
+    parameters = dict(model.named_parameters())
+    x = torch.randn(4, 20)
+    outputs = torch.func.vmap(lambda row: torch.func.functional_call(model, parameters, (row,)))(x)
+    torch.testing.assert_close(outputs, model(x))
