@@ -52,7 +52,8 @@ def eigenvalue_brackets(
     """
     if g.shape[-1] == 1:
         return _scalars(g, loss)
-    vector = leading_vectors(g, rtol / 10, start=start, max_steps=64)
+    # Lanczos may rest at the second vector for a while; some more steps cost less than a second factorisation.
+    vector = leading_vectors(g, rtol / 100, start=start, max_steps=96)
     lower = rayleigh_lower(g, vector, loss)
     upper = _ceiling(g, lower, loss, rtol / 4, verify)
     for attempt in range(1, ATTEMPTS):
