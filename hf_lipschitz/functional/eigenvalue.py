@@ -52,8 +52,9 @@ def eigenvalue_brackets(
     """
     if g.shape[-1] == 1:
         return _scalars(g, loss)
-    # Lanczos may rest at the second vector for a while; some more steps cost less than a second factorisation.
-    vector = leading_vectors(g, rtol / 100, start=start, max_steps=96)
+    # From nowhere Lanczos may rest at the second vector for a while; more steps cost less than a second factorisation.
+    tolerance = rtol / 100 if start is None else rtol / 10
+    vector = leading_vectors(g if verify else _in_single(g), tolerance, start=start, max_steps=96).to(g.dtype)
     lower = rayleigh_lower(g, vector, loss)
     upper = _ceiling(g, lower, loss, rtol / 4, verify)
     for attempt in range(1, ATTEMPTS):
@@ -115,6 +116,10 @@ def largest_eigenvalue_bracket(
     else:
         upper = torch.full_like(best, torch.inf)
     return EigenvalueBracket(best, torch.maximum(upper, best), vector), index
+
+
+def _in_single(g: Tensor) -> Tensor:
+    return g.to(torch.complex64 if g.is_complex() else torch.float32)
 
 
 def _scalars(g: Tensor, loss: Tensor) -> EigenvalueBracket:

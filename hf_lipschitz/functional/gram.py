@@ -50,7 +50,7 @@ def gram_bracket(
     2^{N+1} of W after N steps; Delattre et al. 2023, theorem 2), A/n + √((n-1)/n)·‖G - (A/n)I‖_F (Samuelson 1968) and
     θ + r²/(θ - ν) (Kato-Temple, with θ = vᴴGv, r = ‖Gv - θv‖, ν² = B - θ², where ν < θ). The least of them is the
     upper end and θ the lower end; both go back to the scale of W through the square roots. In float64 the rounding of
-    every product is carried through those square roots; in float32 the ends are widened by 2e-5.
+    every product is carried through those square roots; in float32 the ends are widened by 3e-5.
 
     Args:
         w (`Tensor` of shape `(..., m, n)`):

@@ -42,7 +42,7 @@ def spectral_rescaling(
     \(|H| \preceq \mathrm{diag}(s + \ell)^{1/2}\), a new diagonal for the iterate before: t starts from the row sums of
     the last G and goes back to W one square root at a time. As no d_i² exceeds s_i, float64 adds about rγ_c to t in
     relative terms (2e-9 at 4096 × 4096). For float32 that worst case would say nothing: γ is left out, sums are cut
-    into blocks of 256 terms, and t is widened by 2e-5; η is in both, so that a row which is tiny beside the others
+    into blocks of 256 terms, and t is widened by 3e-5; η is in both, so that a row which is tiny beside the others
     gets a t that is too large, never too small.
 
     Args:

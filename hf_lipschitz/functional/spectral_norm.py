@@ -10,7 +10,7 @@ from hf_lipschitz.functional.eigenvalue import eigenvalue_brackets
 from hf_lipschitz.functional.gram import GramBracket, gram_bracket
 from hf_lipschitz.functional.precision import full_precision
 from hf_lipschitz.functional.products import (
-    FLOAT32_SUM,
+    FLOAT32_BLOCK,
     allowance_of,
     computation_dtype,
     gram_loss,
@@ -42,7 +42,7 @@ def spectral_norm_bound(
     Gram matrix differs from the exact one by at most γ_m‖G‖_F² in norm, γ_m = mu/(1 - mu) with m the inner dimension
     and u = 2⁻⁵³ (Higham 2002, eq. 3.13), and [`semidefinite_defect`] measures what the factor misses. For float32
     that worst case would say nothing: sums are cut into blocks of 256 terms that are added up in float64, and the ends
-    are widened by 2e-5, which covers sums of one sign. Below the normal numbers of float64 nothing is promised.
+    are widened by 3e-5, which covers sums of one sign. Below the normal numbers of float64 nothing is promised.
 
     Args:
         w (`Tensor` of shape `(..., m, n)`):
@@ -136,4 +136,4 @@ def _gram_matrices(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _product_with_itself(h: Tensor) -> Tensor:
     g = product(h.mH, h, keep_wide=True)
     # A factorisation has sums as long as a row.
-    return g.to(h.dtype if h.shape[-1] <= FLOAT32_SUM else wide_dtype(h.dtype))
+    return g.to(h.dtype if h.shape[-1] <= FLOAT32_BLOCK else wide_dtype(h.dtype))

@@ -13,7 +13,16 @@ from torch import Tensor
 from hf_lipschitz.functional.eigenvalue import EigenvalueBracket, largest_eigenvalue_bracket
 from hf_lipschitz.functional.gram import GramBracket, largest_gram_bracket
 from hf_lipschitz.functional.precision import full_precision
-from hf_lipschitz.functional.products import FLOAT32_SUM, UNIT_ROUNDOFF, allowance_of, gamma, is_double, product, unit
+from hf_lipschitz.functional.products import (
+    FLOAT32_BLOCK,
+    FLOAT32_LAGS,
+    UNIT_ROUNDOFF,
+    allowance_of,
+    gamma,
+    is_double,
+    product,
+    unit,
+)
 from hf_lipschitz.functional.scaling import exponent_of, scale_by_power_of_two
 from hf_lipschitz.functional.spectral_norm import norm_bracket
 
@@ -188,7 +197,8 @@ def _autocorrelation(kernel: Tensor) -> _Lags:
     taps = kernel.shape[3:]
     by_tap = kernel.movedim((1, 2), (-2, -1))
     # The sums of a factorisation are as long as a row, those over lags as long as there are lags.
-    dtype = kernel.dtype if max(n, math.prod(2 * k - 1 for k in taps)) <= FLOAT32_SUM else torch.float64
+    is_short = n <= FLOAT32_BLOCK and math.prod(2 * k - 1 for k in taps) <= FLOAT32_LAGS
+    dtype = kernel.dtype if is_short else torch.float64
     zero, others, lags = None, [], []
     for lag in _half_lags(taps):
         ahead = by_tap[(slice(None), *(slice(max(d, 0), k + min(d, 0)) for d, k in zip(lag, taps, strict=True)))]

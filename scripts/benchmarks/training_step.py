@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -196,8 +195,13 @@ def peak_memory(args: Arguments, variant: str, queue: multiprocessing.Queue) -> 
     step = stepper(variants(args)[variant](model), batch)
     for _ in range(3):
         step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    queue.put(torch.cuda.max_memory_allocated() if args.device == "cuda" else peak)
+    queue.put(torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_resident_bytes())
+
+
+def peak_resident_bytes() -> int:
+    """Of this process since it began; `getrusage` would give that of the parent before it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure_memory(args: Arguments) -> dict[str, int]:

@@ -88,7 +88,7 @@ def test_trap_product_over_groups_instead_of_the_maximum() -> None:
     kernel = torch.tensor([0.1, 0.5, 0.2]).reshape(3, 1, 1, 1)
     exact = kernel_norm(kernel, (2, 2), groups=3)
     assert kernel.prod() < exact
-    assert conv_spectral_norm_bound(kernel, groups=3).item() == pytest.approx(exact, rel=3e-5)
+    assert conv_spectral_norm_bound(kernel, groups=3).item() == pytest.approx(exact, rel=5e-5)
     wide = torch.randn(6, 2, 3, 3) / 10
     each = [kernel_norm(part, (6, 6)) for part in wide.split(2)]
     assert math.prod(each) < kernel_norm(wide, (6, 6), groups=3) == pytest.approx(max(each))
@@ -167,7 +167,7 @@ def test_the_factor_between_grid_and_all_frequencies_is_attained() -> None:
 
 def test_patch_embedding_is_its_matrix() -> None:
     module = nn.Conv2d(3, 24, 4, stride=4)
-    assert bound(module, rtol=1e-6) == pytest.approx(dense_norm(module.weight.flatten(1)), rel=3e-5)
+    assert bound(module, rtol=1e-6) == pytest.approx(dense_norm(module.weight.flatten(1)), rel=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_cholesky_and_gram_agree(w: torch.Tensor, rtol: float, dtype: torch.dtyp
     exact = dense_norm(stored)
     for method in ("cholesky", "gram"):
         # Gram iteration stops at 24 steps, which may be before clusters of singular values part.
-        slack = 5e-5 if dtype is torch.float32 else 1e-10 if method == "cholesky" else 1e-6
+        slack = 8e-5 if dtype is torch.float32 else 1e-10 if method == "cholesky" else 1e-6
         lower, upper = spectral_norm_bound(stored, rtol, method=method)
         assert lower.item() <= exact * (1 + 1e-14)
         assert upper.item() >= exact * (1 - 1e-14)
@@ -70,7 +70,7 @@ def test_cholesky_bracket_against_svd(shape: tuple[int, ...], dtype: torch.dtype
     assert bracket.lower.shape == bracket.upper.shape == shape[:-2]
     assert (bracket.lower <= exact).all()
     assert (exact <= bracket.upper).all()
-    assert (bracket.upper / bracket.lower - 1 <= 1e-3 + 5e-5).all()
+    assert (bracket.upper / bracket.lower - 1 <= 1e-3 + 8e-5).all()
     value = (bracket.left.conj() * (w @ bracket.right.unsqueeze(-1)).squeeze(-1)).sum(-1).real
     torch.testing.assert_close(value.double(), exact, rtol=1e-3, atol=0)
 
@@ -242,7 +242,7 @@ def test_transfer_norm_is_the_largest_over_the_whole_grid(
     every = whole[(..., *(slice(None, None, t // n) for t, n in zip(taps, grid, strict=True)))]
     exact = torch.linalg.svdvals(every.movedim((1, 2), (-2, -1)))[..., 0]
     assert bracket.lower.item() <= exact.max().item() <= bracket.upper.item()
-    assert bracket.upper.item() <= exact.max().item() * (1 + 1.5e-4)
+    assert bracket.upper.item() <= exact.max().item() * (1 + 1.7e-4)
     assert exact[tuple(w.item() for w in where)].item() == pytest.approx(exact.max().item(), rel=1e-4)
 
 
