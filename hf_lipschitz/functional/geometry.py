@@ -104,21 +104,23 @@ def folded_kernel(kernel: Tensor, geometry: ConvGeometry) -> Tensor:
 
 def fold(kernel: Tensor, folds: Sequence[AxisFold], groups: int) -> Tensor:
     """The kernel with each axis cut, spread and folded by space-to-depth, one group a batch entry."""
+    strides = []
     for axis, part in enumerate(folds, start=2):
         kernel = _spread(kernel.narrow(axis, part.first, part.stop - part.first), axis, part.dilation)
-        missing = -kernel.shape[axis] % part.stride
+        # Points of the input between the taps of a kernel and the next ones would be channels of zeros.
+        strides.append(max(1, min(part.stride, kernel.shape[axis])))
+        missing = -kernel.shape[axis] % strides[-1]
         if missing:
             shape = list(kernel.shape)
             shape[axis] = missing
             kernel = torch.cat([kernel, kernel.new_zeros(shape)], dim=axis)
     out_channels, in_channels = kernel.shape[0] // groups, kernel.shape[1]
-    pairs = [(k // part.stride, part.stride) for k, part in zip(kernel.shape[2:], folds, strict=True)]
+    pairs = [(k // s, s) for k, s in zip(kernel.shape[2:], strides, strict=True)]
     kernel = kernel.reshape(groups, out_channels, in_channels, *(size for pair in pairs for size in pair))
     taps = [3 + 2 * i for i in range(len(pairs))]
     phases = [axis + 1 for axis in taps]
     kernel = kernel.permute(0, 1, 2, *phases, *taps)
-    strides = math.prod(part.stride for part in folds)
-    return kernel.reshape(groups, out_channels, in_channels * strides, *(k for k, _ in pairs))
+    return kernel.reshape(groups, out_channels, in_channels * math.prod(strides), *(k for k, _ in pairs))
 
 
 def kernel_to_operator(shape: Sequence[int], geometry: ConvGeometry) -> float:

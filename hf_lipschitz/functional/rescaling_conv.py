@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import product as cartesian
 
@@ -98,8 +97,9 @@ def conv_spectral_rescaling(
     geometry = _with_free_circular_padding(kernel.shape, geometry)
     rows = folded_kernel(kernel.to(computation_dtype(kernel.dtype, certified)), geometry)
     rows = rows.transpose(1, 2) if transposed else rows
-    phases = math.prod(geometry.reduced_stride) if transposed else 1
-    channels = rows.shape[1] // phases
+    channels = kernel.shape[1] if transposed else rows.shape[1]
+    # Those of the output grid that the kernel reaches.
+    phases = rows.shape[1] // channels
     weights = row_weights(q, torch.Size([groups * channels]))
     if weights is not None:
         weights = weights.reshape(groups, channels).repeat_interleave(phases, dim=1)

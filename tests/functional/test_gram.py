@@ -61,7 +61,7 @@ def test_bracket_against_svd(shape: tuple[int, ...], dtype: torch.dtype) -> None
     assert lower.shape == upper.shape == shape[:-2]
     assert (lower <= exact).all()
     assert (exact <= upper).all()
-    assert (upper / lower - 1 <= 1e-3 + 4e-5).all()
+    assert (upper / lower - 1 <= 1e-3 + 8e-5).all()
 
 
 def test_certified_mode_needs_float64_where_float32_products_round_down() -> None:
