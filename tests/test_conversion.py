@@ -17,52 +17,21 @@ from hf_lipschitz.conversion import lipschitzify, merge
 from hf_lipschitz.methods import METHODS, register_method
 from hf_lipschitz.nn.attachment import constrained_layers
 from tests.families import FAMILIES, bert, example, gpt2, mobilenet_v2
-from tests.operators import conv_norm, dense_norm
+
+
+# As plain models: torch refuses weight norm, and transformers leaves a local function behind.
+CANNOT_BE_PICKLED = ("wav2vec2", "whisper")
 
 
 def names(model: nn.Module) -> set[str]:
     return {layer.name for layer in constrained_layers(model)}
 
 
-def exact_norm(module: nn.Module, weight: torch.Tensor) -> float:
-    """One group at a time, on inputs a little larger than the kernel: the operators stay small enough for an SVD."""
-    if weight.dim() == 2 or weight[0, 0].numel() == 1:
-        return dense_norm(weight.flatten(1))
-    outputs = weight.shape[0] // module.groups
-    norms = []
-    for group in range(module.groups):
-        plain = nn.Conv2d(
-            weight.shape[1], outputs, module.kernel_size, module.stride, module.padding, module.dilation, bias=False
-        )
-        plain.weight.data = weight[group * outputs : (group + 1) * outputs].clone()
-        norms.append(conv_norm(plain, [k + 3 for k in module.kernel_size]))
-    return max(norms)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_layer_of_every_family_is_under_its_constant(family: str) -> None:
-    model = lipschitzify(FAMILIES[family](), layer_lipschitz=0.05)
-    layers = list(constrained_layers(model))
-    expected = [m for m in model.modules() if type(m).__name__.endswith(("Linear", "Conv2d", "Conv1D"))]
-    assert len(layers) == len(expected)
-    for layer in layers:
-        assert exact_norm(layer.module, layer.effective_weight) <= 0.05
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_constant_changes_no_logit(family: str) -> None:
-    model = FAMILIES[family]().eval()
-    inputs = example(model)
-    expected = model(**inputs).logits
-    lipschitzify(model, layer_lipschitz=None)
-    assert torch.equal(model(**inputs).logits, expected)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merge_is_plain_and_computes_the_same(family: str) -> None:
     model = FAMILIES[family]().eval()
     inputs, classes = example(model), [type(m) for m in model.modules()]
-    keys = set(model.state_dict())
+    keys, frozen = set(model.state_dict()), {n for n, p in model.named_parameters() if not p.requires_grad}
     lipschitzify(model, layer_lipschitz=0.1)
     twin = copy.deepcopy(model)
     expected = model(**inputs).logits
@@ -70,8 +39,9 @@ def test_merge_is_plain_and_computes_the_same(family: str) -> None:
     assert [type(m) for m in model.modules()] == classes
     assert set(model.state_dict()) == keys
     assert torch.equal(model(**inputs).logits, expected)
-    assert all(p.requires_grad for p in model.parameters())
-    torch.save(model, io.BytesIO())
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
+    if family not in CANNOT_BE_PICKLED:
+        torch.save(model, io.BytesIO())
     assert torch.equal(twin(**inputs).logits, expected)
     assert names(twin)
     assert model.config.lipschitz["merged"]

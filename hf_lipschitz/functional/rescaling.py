@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -71,9 +72,26 @@ def spectral_rescaling(
     check_num_iterations(num_iterations)
     weights = row_weights(q, w.shape[:-1])
     matrix = w.to(computation_dtype(w.dtype, certified))
-    with full_precision(w.device.type):
-        t = rescaling_of_rows(matrix, weights, num_iterations, w.dim() - 2, _gram_of_rows)
-    return t.to(matrix.real.dtype)
+    return rescaling_of_matrix(matrix, num_iterations=num_iterations, q=weights).to(matrix.real.dtype)
+
+
+def rescaling_of_matrix(w: Tensor, *, num_iterations: int = 1, q: Tensor | None = None) -> Tensor:
+    """[`spectral_rescaling`] in tensor operations only, without a look at the entries.
+
+    Args:
+        w (`Tensor` of shape `(..., r, c)`):
+            Half precision is computed in float32, NaN and inf give NaN. A float64 one compiles as a single graph.
+        num_iterations (`int`, *optional*, defaults to 1):
+            N ≥ 1; not checked.
+        q (`Tensor` of shape `(..., r)`, *optional*):
+            Positive float64 weights within 2^-400 and 2^400; not checked.
+
+    Returns:
+        `Tensor` of shape `(..., r)`, float64: **sound** as [`spectral_rescaling`].
+    """
+    matrix = w.to(computation_dtype(w.dtype, False))
+    with exact_products(matrix):
+        return rescaling_of_rows(matrix, q, num_iterations, w.dim() - 2, _gram_of_rows)
 
 
 def rescale_rows(w: Tensor, t: Tensor) -> Tensor:
@@ -99,6 +117,11 @@ def rescale_rows(w: Tensor, t: Tensor) -> Tensor:
     nonzero = t > 0
     quotient = w / torch.where(nonzero, t, torch.ones_like(t))[..., None]
     return torch.where(nonzero[..., None], quotient, torch.zeros_like(quotient))
+
+
+def exact_products(w: Tensor) -> AbstractContextManager[None]:
+    """[`full_precision`] for products of the dtype of `w`; no setting reduces those of float64, so none is touched."""
+    return nullcontext() if is_double(w) else full_precision(w.device.type)
 
 
 def check_num_iterations(num_iterations: int) -> None:

@@ -1,21 +1,29 @@
-"""Spectral rescaling of convolutions: one number an output channel, for every input size at once."""
+"""Spectral rescaling of convolutions: one number an output or input channel, for every input size at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product as cartesian
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hf_lipschitz.functional.checks import check_weight
 from hf_lipschitz.functional.geometry import ConvGeometry, boundary_factor, conv_geometry, folded_kernel
-from hf_lipschitz.functional.precision import full_precision
 from hf_lipschitz.functional.products import computation_dtype, product
-from hf_lipschitz.functional.rescaling import check_num_iterations, rescaling_of_rows, row_weights
+from hf_lipschitz.functional.rescaling import (
+    check_num_iterations,
+    exact_products,
+    rescale_rows,
+    rescaling_of_rows,
+    row_weights,
+)
 
 
 MAX_ITERATIONS = 3
+
+Side = Literal["output", "input"]
 
 
 def conv_spectral_rescaling(
@@ -28,12 +36,13 @@ def conv_spectral_rescaling(
     padding_mode: str = "zeros",
     transposed: bool = False,
     output_padding: int | Sequence[int] = 0,
+    side: Side = "output",
     num_iterations: int = 1,
     q: Tensor | None = None,
     certified: bool = False,
 ) -> Tensor:
-    r"""One number t an output channel, such that a convolution with each output channel divided by its t has norm at
-    most 1, whatever the size of its input; differentiable.
+    r"""One number t a channel, such that a convolution with each output channel (or each input channel) divided by its
+    t has norm at most 1, whatever the size of its input; differentiable.
 
     With P the autocorrelation of the kernel, \(P_{ij}[l] = \sum_{c,k} K_{ic}[k + l] K_{jc}[k]\) over all lags l, which
     is the kernel of AAᵀ for the convolution A on the infinite grid, \(P^m\) its m-fold convolution with itself,
@@ -52,6 +61,11 @@ def conv_spectral_rescaling(
     the kernel's extent is a compression of a circulant operator, whose frequencies are some of those of A, and costs
     nothing (with the lags of stride 1, as a stride need not divide the period).
 
+    With `side="input"` the rows are those of the adjoint, the transposed convolution of the same stored kernel: the
+    phases then belong to a convolution and a transposed one has none. Padding copies points of space and the division
+    acts on channels, so they commute, and the boundary costs what it costs on the output side. This is the side of
+    the SLL layer, \(W T^{-1/2}\) with \(T \succeq W^TW\) (Araujo et al. 2023).
+
     Args:
         kernel (`Tensor` of shape `(c_out, c_in / groups, k_1[, k_2[, k_3]])`, or `(c_in, c_out / groups, k_1, ...)`):
             As torch stores it, for a convolution or a transposed one. Real, float16 to float64.
@@ -59,20 +73,24 @@ def conv_spectral_rescaling(
             As in `torch.nn.Conv1d/2d/3d` or `torch.nn.ConvTranspose1d/2d/3d`.
         transposed (`bool`, *optional*, defaults to `False`):
             The kernel is used by a transposed convolution.
+        side (`str`, *optional*, defaults to `"output"`):
+            Which channels are divided, `"output"` or `"input"` ones of the layer.
         num_iterations (`int`, *optional*, defaults to 1):
             N, 1 to 3: the kernel of the last iterate has 2^N (k - 1) + 1 taps an axis.
         q (`Tensor`, *optional*):
-            Positive weights of the output channels, broadcastable to `(c_out,)`.
+            Positive weights of the channels of that side, broadcastable to `(channels,)`.
         certified (`bool`, *optional*, defaults to `False`):
             Computes in float64, so that the rounding analysis applies.
 
     Returns:
-        `Tensor` of shape `(c_out,)`, in the dtype of the computation, 0 for channels of zeros: a **sound bound** of
-        the rescaled operator by 1, hence `max(t)` one of the operator; proved in float64 or with `certified=True`, up
-        to the stated allowance of [`spectral_rescaling`] in float32.
+        `Tensor` of shape `(c_out,)`, or `(c_in,)` with `side="input"`, in the dtype of the computation, 0 for
+        channels of zeros: a **sound bound** of the rescaled operator by 1, hence `max(t)` one of the operator; proved
+        in float64 or with `certified=True`, up to the stated allowance of [`spectral_rescaling`] in float32.
+        [`rescale_kernel`] divides a kernel by it.
 
     Raises:
-        ValueError: a geometry that no convolution has, `num_iterations` outside 1 to 3, `q` not positive, NaN or inf.
+        ValueError: a geometry that no convolution has, `num_iterations` outside 1 to 3, `side` unknown, `q` not
+            positive, NaN or inf.
         TypeError: `kernel` is not a real floating-point tensor.
     """
     check_weight(kernel, "kernel")
@@ -94,20 +112,97 @@ def conv_spectral_rescaling(
         transposed=transposed,
         output_padding=output_padding,
     )
-    geometry = _with_free_circular_padding(kernel.shape, geometry)
-    rows = folded_kernel(kernel.to(computation_dtype(kernel.dtype, certified)), geometry)
-    rows = rows.transpose(1, 2) if transposed else rows
-    channels = kernel.shape[1] if transposed else rows.shape[1]
-    # Those of the output grid that the kernel reaches.
+    check_side(side)
+    weights = row_weights(q, torch.Size([num_channels(kernel.shape, geometry, side)]))
+    wide = kernel.to(computation_dtype(kernel.dtype, certified))
+    t = rescaling_of_kernel(wide, geometry, side=side, num_iterations=num_iterations, q=weights)
+    return t.to(wide.dtype)
+
+
+def rescaling_of_kernel(
+    kernel: Tensor,
+    geometry: ConvGeometry,
+    *,
+    side: Side = "output",
+    num_iterations: int = 1,
+    q: Tensor | None = None,
+) -> Tensor:
+    """[`conv_spectral_rescaling`] in tensor operations only, without a look at the entries.
+
+    Args:
+        kernel (`Tensor`):
+            As torch stores it; half precision is computed in float32, NaN and inf give NaN. A float64 one compiles as
+            a single graph.
+        geometry (`ConvGeometry`):
+            How the layer uses it.
+        side (`str`, *optional*, defaults to `"output"`):
+            `"output"` or `"input"`.
+        num_iterations (`int`, *optional*, defaults to 1):
+            1 to 3; not checked.
+        q (`Tensor` of shape `(channels,)`, *optional*):
+            Positive float64 weights within 2^-400 and 2^400; not checked.
+
+    Returns:
+        `Tensor` of shape `(channels,)`, float64: **sound** as [`conv_spectral_rescaling`].
+    """
+    free = _with_free_circular_padding(kernel.shape, geometry)
+    rows = folded_kernel(kernel.to(computation_dtype(kernel.dtype, False)), free)
+    rows = rows.transpose(1, 2) if is_on_second_axis(geometry, side) else rows
+    channels = num_channels(kernel.shape, geometry, side) // geometry.groups
+    # Those of the larger grid that the kernel reaches.
     phases = rows.shape[1] // channels
-    weights = row_weights(q, torch.Size([groups * channels]))
-    if weights is not None:
-        weights = weights.reshape(groups, channels).repeat_interleave(phases, dim=1)
-    with full_precision(kernel.device.type):
-        t = rescaling_of_rows(rows, weights, num_iterations, 1, autocorrelation)
-    factor = boundary_factor(kernel.shape, geometry) * (1 + 1e-14)
-    t = t.reshape(groups * channels, phases).amax(-1) * factor
-    return t.to(rows.dtype)
+    if q is not None:
+        q = q.reshape(geometry.groups, channels).repeat_interleave(phases, dim=1)
+    with exact_products(rows):
+        t = rescaling_of_rows(rows, q, num_iterations, 1, autocorrelation)
+    factor = boundary_factor(kernel.shape, free) * (1 + 1e-14)
+    return t.reshape(geometry.groups * channels, phases).amax(-1) * factor
+
+
+def rescale_kernel(kernel: Tensor, geometry: ConvGeometry, t: Tensor, *, side: Side = "output") -> Tensor:
+    """The kernel with each channel of the side divided by its t, and zeros where t = 0.
+
+    Args:
+        kernel (`Tensor`):
+            As torch stores it.
+        geometry (`ConvGeometry`):
+            How the layer uses it.
+        t (`Tensor` of shape `(channels,)`):
+            From [`conv_spectral_rescaling`] of the same side.
+        side (`str`, *optional*, defaults to `"output"`):
+            `"output"` or `"input"`.
+
+    Returns:
+        `Tensor` of the shape of `kernel`, in the wider dtype of both.
+
+    Raises:
+        ValueError: `t` does not have one entry a channel.
+    """
+    channels = num_channels(kernel.shape, geometry, side)
+    if t.shape != (channels,):
+        raise ValueError(f"t must have one entry a channel of the {side}, shape ({channels},), got {tuple(t.shape)}")
+    if not is_on_second_axis(geometry, side):
+        return rescale_rows(kernel.flatten(1), t).reshape(kernel.shape)
+    groups = geometry.groups
+    stored = kernel.reshape(groups, kernel.shape[0] // groups, kernel.shape[1], -1)
+    each = t.reshape(groups, 1, kernel.shape[1]).expand(stored.shape[:-1])
+    return rescale_rows(stored, each).reshape(kernel.shape)
+
+
+def num_channels(kernel_shape: Sequence[int], geometry: ConvGeometry, side: Side) -> int:
+    """Channels on a side of the layer."""
+    return kernel_shape[1] * geometry.groups if is_on_second_axis(geometry, side) else kernel_shape[0]
+
+
+def is_on_second_axis(geometry: ConvGeometry, side: Side) -> bool:
+    """Whether the channels of a side are on the second axis of the stored kernel, group by group."""
+    return geometry.transposed != (side == "input")
+
+
+def check_side(side: str) -> None:
+    """Raises a ValueError unless `side` is `"output"` or `"input"`."""
+    if side not in ("output", "input"):
+        raise ValueError(f"side must be 'output' or 'input', got {side!r}")
 
 
 def autocorrelation(h: Tensor) -> Tensor:
