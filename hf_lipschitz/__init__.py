@@ -1,8 +1,10 @@
 """Lipschitz constraints, training and certificates for Hugging Face models."""
 
+from hf_lipschitz.calibration import calibrate
 from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, certified_accuracy
 from hf_lipschitz.configuration import LipschitzConfig, SmoothingConfig
 from hf_lipschitz.conversion import lipschitzify, materialized, merge
+from hf_lipschitz.integrations.lora import LipschitzLoraConfig, lipschitz_lora_config
 from hf_lipschitz.integrations.registration import register
 from hf_lipschitz.methods import register_method
 from hf_lipschitz.pipelines import CertifiedClassificationPipeline
@@ -14,7 +16,10 @@ from hf_lipschitz.version import __version__
 __all__ = [
     # constrain
     "LipschitzConfig",
+    "LipschitzLoraConfig",
     "LipschitzReport",
+    "calibrate",
+    "lipschitz_lora_config",
     "lipschitzify",
     "materialized",
     "merge",

@@ -169,7 +169,7 @@ def describe_blocks(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]
         if layout is None:
             raise ValueError(f"layer {name} holds no feed-forward pair that can be a block")
         norm = f", {layout.norm} removed" if layout.norm else ""
-        lines.append(f"{name}: {layout.outer} tied to {layout.inner}, {layout.activation} with slopes in [0, 1]{norm}")
+        lines.append(f"block: {layout.outer} tied to {layout.inner}, {layout.activation} with slopes in [0, 1]{norm}")
     return tuple(lines)
 
 

@@ -16,20 +16,27 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from hf_lipschitz.blocks import block_layers, has_blocks
 from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.functional.checks import check_named_weight
+from hf_lipschitz.holders import weight_layouts
 from hf_lipschitz.matching import matching_names
-from hf_lipschitz.methods import CONVOLUTIONS, DENSE, METHODS
-from hf_lipschitz.nn.attachment import bake, constrained_layers, swap_in, swap_out
+from hf_lipschitz.methods import METHODS
+from hf_lipschitz.model_config import config_of, set_config
+from hf_lipschitz.nn.attachment import bake, constrained_layers, parametrized_modules, swap_out
+from hf_lipschitz.nn.weight_norm import has_weight_norm
+from hf_lipschitz.replacements import BLOCKS, Replaced, apply_replacements, find_replacements
 
 
 logger = logging.getLogger(__name__)
 
 
 def lipschitzify(model: nn.Module, config: LipschitzConfig | None = None, **overrides: Any) -> nn.Module:
-    """Constrains the spectral norm of each Linear, convolution and transformers `Conv1D` layer of a model, in place.
+    """Constrains the spectral norm of each linear map of a model, in place, and replaces what else it is asked to.
 
-    Convolutions are Conv1d/2d/3d and ConvTranspose1d/2d/3d.
+    Linear maps are `nn.Linear`, transformers' `Conv1D`, convolutions and transposed ones of one to three axes, those
+    with torch's weight norm included, the projections in `nn.MultiheadAttention`, the experts and routers of mixtures
+    and the projections of XLNet. Tied weights are left alone.
 
     Each weight W is replaced by a parametrization whose value has spectral norm at most the layer's constant at every
     read, during training as well. What is bounded is each layer by itself. That is no bound for the whole model:
@@ -40,18 +47,20 @@ def lipschitzify(model: nn.Module, config: LipschitzConfig | None = None, **over
             Any model, usually a `PreTrainedModel`.
         config (`LipschitzConfig`, *optional*):
             Defaults to `LipschitzConfig()`: Gram iteration, every supported layer capped at 1. That changes a
-            pretrained model; `layer_lipschitz=None` does not.
+            pretrained model; `layer_lipschitz=None` does not. `replace` names what is replaced besides weights;
+            [`calibrate`] then sets the constants of norms and attention.
         overrides:
             Fields of `LipschitzConfig`, in the place of those of `config`.
 
     Returns:
-        `torch.nn.Module`: the same object. Tied weights are left alone. `save_pretrained` then writes a directory that
+        `torch.nn.Module`: the same object. `save_pretrained` then writes a directory that
         `AutoModelForX.from_pretrained` restores.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
-        ValueError: no layer is supported or matches, a weight holds NaN or inf, the model is constrained or quantized
-            already, or carries adapters.
+        ValueError: no layer is supported or matches, a weight holds NaN or inf or has no data, something that is to be
+            replaced cannot be, the model is constrained in another way or quantized already, or carries adapters. The
+            model is then as it was. The same configuration again changes nothing and is no error.
 
     Example::
 
@@ -60,14 +69,17 @@ def lipschitzify(model: nn.Module, config: LipschitzConfig | None = None, **over
         print(hf_lipschitz.inspect(model))
     """
     config = dataclasses.replace(config or LipschitzConfig(), **overrides)
-    _check_model(model, config)
-    names = targets(model, config)
+    if _is_done(model, config):
+        return model
+    replaced = find_replacements(model, config)
+    names = targets(model, config, except_for=block_layers(model, replaced.get(BLOCKS, ())))
     for name in names:
-        check_named_weight(name, model.get_submodule(name).weight)
+        _check_weights(name, model.get_submodule(name))
+    apply_replacements(model, config, replaced)
     apply_config(model, config, names)
-    if isinstance(model, PreTrainedModel):
-        model.config.quantization_config = dataclasses.replace(config, layers=tuple(names))
-    _log_changes(model, config)
+    mark_replaced(model, replaced)
+    set_config(model, dataclasses.replace(config, layers=tuple(names), replaced=replaced))
+    _log_changes(model, config, replaced)
     return model
 
 
@@ -83,18 +95,25 @@ def apply_config(model: nn.Module, config: LipschitzConfig, names: list[str]) ->
             setattr(modules[parent], child, replacement)
 
 
-def targets(model: nn.Module, config: LipschitzConfig) -> list[str]:
-    """Names of the layers that `config` means and that can be constrained.
+def mark_replaced(model: nn.Module, replaced: Replaced) -> None:
+    """Tells the constraints of a model of which parts are replaced that a plain model with its weights differs."""
+    for layer in constrained_layers(model):
+        layer.parametrization.has_plain_form = not replaced
+
+
+def targets(model: nn.Module, config: LipschitzConfig, except_for: tuple[str, ...] = ()) -> list[str]:
+    """Names of the layers that `config` means and that can be constrained, but for some.
 
     Raises:
         ValueError: there are none, or `config.strict` and one of those asked for cannot be constrained.
     """
-    obstacles = layer_obstacles(model)
+    obstacles = {name: reason for name, reason in layer_obstacles(model).items() if name not in except_for}
     candidates = [name for name, reason in obstacles.items() if reason is None]
     if not candidates:
         raise ValueError(
             f"{type(model).__name__} has no layer that can be constrained: lipschitzify covers nn.Linear, "
-            "nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d and transformers' Conv1D with weights of their own"
+            "nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention and transformers' Conv1D, experts, "
+            "routers and XLNet attention, with weights of their own"
         )
     if config.strict:
         asked = matching_names(model, list(obstacles), config.target_modules, config.exclude_modules)
@@ -105,24 +124,46 @@ def targets(model: nn.Module, config: LipschitzConfig) -> list[str]:
 
 
 def layer_obstacles(model: nn.Module) -> dict[str, str | None]:
-    """Why each Linear or convolution cannot be constrained, in a few words; `None` for those that can."""
+    """Why each module with linear maps cannot be constrained, in a few words; `None` for those that can."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tied_names = {*tied.keys(), *tied.values()}
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
-    def obstacle(name: str, module: nn.Module) -> str | None:
-        if parametrize.is_parametrized(module):
+    def obstacle(name: str, module: nn.Module, tensor_name: str) -> str | None:
+        if has_weight_norm(module, tensor_name):
+            return None
+        if parametrize.is_parametrized(module, tensor_name):
             return "parametrized by something else"
-        weight = module._parameters.get("weight")
+        weight = module._parameters.get(tensor_name)
         if weight is None:
-            return "its weight is no parameter of its own"
+            return f"its {tensor_name} is no parameter of its own"
         if isinstance(weight, nn.parameter.UninitializedParameter):
             return "lazy and not initialised: run the model once first"
-        if not weight.is_floating_point():
-            return f"weight of dtype {weight.dtype}"
-        return "tied weight" if f"{name}.weight" in tied_names or holders[id(weight)] > 1 else None
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            return f"{tensor_name} of dtype {weight.dtype}"
+        is_tied = f"{name}.{tensor_name}" in tied_names or holders[id(weight)] > 1
+        return f"tied {tensor_name}" if is_tied else None
 
-    return {name: obstacle(name, module) for name, module in model.named_modules() if _is_layer(module)}
+    found: dict[str, str | None] = {}
+    for name, module in model.named_modules():
+        if "parametrizations" in name.split("."):
+            continue
+        layouts = _layouts(module)
+        reasons = [obstacle(name, module, tensor_name) for tensor_name in layouts]
+        if layouts:
+            found[name] = next((reason for reason in reasons if reason is not None), None)
+    return found
+
+
+def _layouts(module: nn.Module) -> tuple[str, ...]:
+    """Names of the tensors that are linear maps; of a lazy layer, whose shape is not known yet, its weight."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return ("weight",)
+    try:
+        return tuple(weight_layouts(module))
+    except KeyError:
+        # Its weight is something other than a parameter or a parametrized one.
+        return ("weight",)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -138,17 +179,25 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
-        ValueError: nothing is constrained.
+        ValueError: nothing is constrained, or parts were replaced, so that no plain model computes the same.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"merge takes a torch.nn.Module, got {type(model).__name__}")
+    config = config_of(model)
     layers = list(constrained_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no constrained layer: nothing to merge")
-    for layer in layers:
-        bake(layer)
-    config = _pop_config(model)
-    if config is not None:
+    if has_blocks(model) or any(not layer.parametrization.has_plain_form for layer in layers):
+        kinds = ", ".join(config.replaced) if config is not None else "some parts"
+        raise ValueError(
+            f"{kinds} of {type(model).__name__} were replaced, and a plain {type(model).__name__} with its weights "
+            "would compute something else: only models with replace=('weights',) can be merged. Keep the directory "
+            "that save_pretrained writes, which loads where hf_lipschitz is imported"
+        )
+    for module in {id(layer.module): layer.module for layer in layers}.values():
+        bake(module)
+    set_config(model, None)
+    if config is not None and isinstance(model, PreTrainedModel):
         model.config.lipschitz = {"merged": True, **config.to_dict()}
     return model
 
@@ -169,28 +218,45 @@ def materialized(model: nn.Module, *, copy: bool = False) -> Iterator[nn.Module]
         `torch.nn.Module`: computes the same function as `model` outside the block.
     """
     plain = copy_module.deepcopy(model) if copy else model
-    swapped = [(layer, swap_out(layer)) for layer in list(constrained_layers(plain))]
-    config = _pop_config(plain)
+    swapped = [swap_out(module) for module in parametrized_modules(plain)]
+    config = config_of(plain)
+    set_config(plain, None)
     try:
         yield plain
     finally:
         if not copy:
-            for layer, parametrized in swapped:
-                swap_in(layer, parametrized)
-            if config is not None:
-                plain.config.quantization_config = config
+            for module in swapped:
+                module.swap_in()
+            set_config(plain, config)
 
 
-def _pop_config(model: nn.Module) -> LipschitzConfig | None:
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if isinstance(config, LipschitzConfig):
-        del model.config.quantization_config
-        return config
-    return None
+def _is_done(model: Any, config: LipschitzConfig) -> bool:
+    """Whether the model is constrained as `config` asks already.
+
+    Raises:
+        TypeError, ValueError: it cannot be constrained at all.
+    """
+    _check_model(model, config)
+    present = config_of(model)
+    if present is not None and present.asks_like(config):
+        return True
+    if present is not None or next(constrained_layers(model), None) is not None:
+        raise ValueError(
+            "the model is lipschitzified already, with another configuration; call merge(model) first to constrain it "
+            "anew"
+        )
+    return False
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, DENSE + CONVOLUTIONS)
+def _check_weights(name: str, module: nn.Module) -> None:
+    for tensor_name in weight_layouts(module):
+        weight = getattr(module, tensor_name)
+        if weight.is_meta:
+            raise ValueError(
+                f"layer {name} is on the meta device and has no data to bound: load the model first, without "
+                "offloading to disk"
+            )
+        check_named_weight(name, weight)
 
 
 def _check_model(model: Any, config: LipschitzConfig) -> None:
@@ -201,15 +267,22 @@ def _check_model(model: Any, config: LipschitzConfig) -> None:
         )
     if config.method not in METHODS:
         raise ValueError(f"unknown method {config.method!r}; registered: {', '.join(METHODS)}")
-    if next(constrained_layers(model), None) is not None:
-        raise ValueError("the model is lipschitzified already; call merge(model) first to constrain it anew")
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+    if config_of(model) is None and getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError("the model is quantized; dequantize it first, for norms of quantized weights are not covered")
     if any(type(m).__module__.startswith("peft.") for m in model.modules()):
         raise ValueError("the model carries PEFT adapters; call merge_and_unload() first, or lipschitzify before PEFT")
 
 
-def _log_changes(model: nn.Module, config: LipschitzConfig) -> None:
+def _log_changes(model: nn.Module, config: LipschitzConfig, replaced: Replaced) -> None:
+    if replaced:
+        counts = ", ".join(f"{len(names)} {kind}" for kind, names in replaced.items())
+        logger.info("lipschitzify replaced %s; print(hf_lipschitz.inspect(model)) names them", counts)
+    if BLOCKS in replaced:
+        logger.warning(
+            "lipschitzify put 1-Lipschitz blocks in the place of %d trained feed-forward pairs: the model needs "
+            "training",
+            len(replaced[BLOCKS]),
+        )
     layers = list(constrained_layers(model))
     if config.layer_lipschitz is None:
         logger.info("lipschitzify: %d layers keep their present norms; the function is unchanged", len(layers))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from hf_lipschitz.methods import CONVOLUTIONS, DENSE
+from hf_lipschitz.holders import CONVOLUTIONS, DENSE
 from hf_lipschitz.probes import evaluation, probe_inputs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from hf_lipschitz.blocks import block_layers, describe_blocks
 from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.conversion import layer_obstacles
-from hf_lipschitz.functional.weights import weight_norm_bound
-from hf_lipschitz.methods import geometry_of
+from hf_lipschitz.functional.layout import WeightLayout
+from hf_lipschitz.holders import weight_layouts
+from hf_lipschitz.model_config import config_of
+from hf_lipschitz.nn.activations import Bounded, GroupSort, SlopeCorrected
 from hf_lipschitz.nn.attachment import ConstrainedLayer, constrained_layers
+from hf_lipschitz.nn.attention import BallRadii
+from hf_lipschitz.nn.normalization import CentredNorm, FloorStdGroupNorm, FloorStdLayerNorm, FloorStdRMSNorm
+from hf_lipschitz.replacements import BLOCKS, SEPARATOR
 
 
 WARNING = (
@@ -40,6 +46,8 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"ConvTranspose|Bilinear|Linear|Conv", "weight not constrained"),
 )
 TIGHT_RTOL = 1e-7
+FLOOR_NORMS = (FloorStdLayerNorm, FloorStdRMSNorm, FloorStdGroupNorm)
+COVERED = (*FLOOR_NORMS, CentredNorm, Bounded, GroupSort, SlopeCorrected, BallRadii)
 HARMLESS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.Unflatten)
 
 
@@ -53,6 +61,16 @@ class LayerReport:
     lipschitz: float | None
     norm_before: float
     norm_after: float
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A part that was replaced: what it became, and a sound bound of its constant where it has one by itself."""
+
+    name: str
+    kind: str
+    lipschitz: float | None
+    note: str
 
 
 @dataclass(frozen=True)
@@ -74,8 +92,11 @@ class LipschitzReport:
         config (`LipschitzConfig`, *optional*):
             `None` where nothing is constrained.
         layers (`tuple[LayerReport]`):
-            The Linear and convolution layers with bounds of their norms: `norm_before` of the raw weight, `norm_after`
-            of the effective one, `lipschitz` the constant, `None` where the layer is not constrained.
+            The linear maps with bounds of their norms: `norm_before` of the raw weight, `norm_after` of the effective
+            one, `lipschitz` the constant, `None` where the layer is not constrained. Of several matrices in one
+            tensor it is the largest norm.
+        replacements (`tuple[Replacement]`):
+            Norms, attention, activations, feed-forward pairs and residual branches that were replaced.
         uncovered (`tuple[UncoveredModule]`):
             Everything else that computes something.
     """
@@ -84,6 +105,7 @@ class LipschitzReport:
     config: LipschitzConfig | None
     layers: tuple[LayerReport, ...]
     uncovered: tuple[UncoveredModule, ...]
+    replacements: tuple[Replacement, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
@@ -91,6 +113,7 @@ class LipschitzReport:
             "model": self.model,
             "config": None if self.config is None else self.config.to_dict(),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "replacements": [dataclasses.asdict(part) for part in self.replacements],
             "uncovered": [dataclasses.asdict(module) for module in self.uncovered],
             "is_model_bound": False,
         }
@@ -102,12 +125,14 @@ class LipschitzReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield _layer_table(self)
+        if self.replacements:
+            yield _replacement_table(self)
         yield _uncovered_table(self)
         yield Text(WARNING, style="bold")
 
 
 def inspect(model: nn.Module, *, rtol: float = 1e-3) -> LipschitzReport:
-    """Bounds the spectral norm of each Linear, convolution and Conv1D layer, and lists what no layer's bound covers.
+    """Bounds the spectral norm of each linear map, and lists what was replaced and what no bound covers.
 
     Args:
         model (`torch.nn.Module`):
@@ -125,67 +150,124 @@ def inspect(model: nn.Module, *, rtol: float = 1e-3) -> LipschitzReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inspect takes a torch.nn.Module, got {type(model).__name__}")
-    constrained = {layer.name: layer for layer in constrained_layers(model)}
+    constrained: dict[str, list[ConstrainedLayer]] = defaultdict(list)
+    for layer in constrained_layers(model):
+        constrained[layer.name].append(layer)
     obstacles = layer_obstacles(model)
     modules = dict(model.named_modules())
-    free = [name for name, reason in obstacles.items() if reason is None]
-    layers = [
-        _constrained_row(constrained[name], rtol) if name in constrained else _free_row(name, modules[name], rtol)
-        for name in modules
-        if name in constrained or name in free
-    ]
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    layers: list[LayerReport] = []
+    for name, module in modules.items():
+        if name in constrained:
+            layers += [_constrained_row(layer, rtol) for layer in constrained[name]]
+        elif name in obstacles and obstacles[name] is None:
+            layers += [_free_row(name, module, *item, rtol) for item in weight_layouts(module).items()]
+    config = config_of(model)
+    replacements = _replacements(model, config)
     return LipschitzReport(
         model=type(model).__name__,
-        config=config if isinstance(config, LipschitzConfig) else None,
+        config=config,
         layers=tuple(layers),
-        uncovered=tuple(_uncovered(modules, set(constrained), obstacles)),
+        uncovered=tuple(_uncovered(model, modules, set(constrained), obstacles, config)),
+        replacements=tuple(replacements),
     )
 
 
 def _constrained_row(layer: ConstrainedLayer, rtol: float) -> LayerReport:
-    parametrization = layer.parametrization
-    raw, effective = parametrization.original.detach(), layer.effective_weight
-    before = _norm(raw, parametrization.geometry, rtol, layer.name)
-    after = before if torch.equal(raw, effective) else _norm(effective, parametrization.geometry, rtol, layer.name)
-    constant = parametrization.lipschitz.item()
+    constraint = layer.parametrization
+    raw, effective = constraint.original.detach(), layer.effective_weight
+    before = _norm(raw, constraint.layout, rtol, layer.full_name)
+    after = before if torch.equal(raw, effective) else _norm(effective, constraint.layout, rtol, layer.full_name)
+    constant = constraint.lipschitz.item()
     if after > constant:
-        after = _norm(effective, parametrization.geometry, TIGHT_RTOL, layer.name)
-    return LayerReport(layer.name, _plain_name(layer.module), tuple(raw.shape), constant, before, after)
+        after = _norm(effective, constraint.layout, TIGHT_RTOL, layer.full_name)
+    name = _row_name(layer.name, layer.tensor_name)
+    return LayerReport(name, _plain_name(layer.module), tuple(raw.shape), constant, before, after)
 
 
-def _free_row(name: str, module: nn.Module, rtol: float) -> LayerReport:
-    norm = _norm(module.weight.detach(), geometry_of(module), rtol, name)
-    return LayerReport(name, _plain_name(module), tuple(module.weight.shape), None, norm, norm)
+def _free_row(name: str, module: nn.Module, tensor_name: str, layout: WeightLayout, rtol: float) -> LayerReport:
+    weight = getattr(module, tensor_name).detach()
+    norm = _norm(weight, layout, rtol, name)
+    return LayerReport(_row_name(name, tensor_name), _plain_name(module), tuple(weight.shape), None, norm, norm)
 
 
-def _norm(weight: Tensor, geometry: Any, rtol: float, name: str) -> float:
+def _row_name(name: str, tensor_name: str) -> str:
+    """Of a module with one weight its own, otherwise that of the tensor."""
+    return name if tensor_name == "weight" else f"{name}.{tensor_name}".removeprefix(".")
+
+
+def _replacements(model: nn.Module, config: LipschitzConfig | None) -> list[Replacement]:
+    found = []
+    replaced = {} if config is None else config.replaced
+    blocks = replaced.get(BLOCKS, ())
+    for name, note in zip(blocks, describe_blocks(model, blocks), strict=True):
+        found.append(Replacement(name, _plain_name(model.get_submodule(name)), 1.0, note))
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, FLOOR_NORMS):
+            found.append(Replacement(name, kind, module.lipschitz(), f"divisor at least {module.s_min.item():.4g}"))
+        elif isinstance(module, CentredNorm):
+            found.append(Replacement(name, kind, module.lipschitz(), "no division"))
+        elif isinstance(module, (Bounded, GroupSort)):
+            found.append(Replacement(name, kind, 1.0, "slopes within [-1, 1]"))
+        elif isinstance(module, BallRadii):
+            radii = f"queries {module.query:.4g}, keys {module.key:.4g}, values {module.value:.4g}"
+            note = f"radii: {radii}" if module.is_finite else "radii are infinite: run calibrate"
+            found.append(Replacement(name.rpartition(".")[0], kind, None, note))
+    for entry in replaced.get("norms", ()):
+        name, separator, layer = entry.partition(SEPARATOR)
+        if separator:
+            found.append(Replacement(name, "BatchNorm", None, f"folded into {layer}"))
+    counts = Counter(replaced.get("residuals", ()))
+    for name, calls in counts.items():
+        share = config.residual_budget / counts.total()
+        note = f"branch ends here{f', {calls} times' if calls > 1 else ''}: constants times {share:.4g}"
+        found.append(Replacement(name, "residual branch", None, note))
+    return found
+
+
+def _norm(weight: Tensor, layout: WeightLayout, rtol: float, name: str) -> float:
     try:
-        return weight_norm_bound(weight, geometry, rtol, certified=True).item()
+        return layout.norm_bound(weight, rtol, certified=True).item()
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {name}: {error}") from error
 
 
 def _uncovered(
-    modules: dict[str, nn.Module], constrained: set[str], obstacles: dict[str, str | None]
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    constrained: set[str],
+    obstacles: dict[str, str | None],
+    config: LipschitzConfig | None,
 ) -> list[UncoveredModule]:
     found = []
+    replaced = {} if config is None else config.replaced
+    in_blocks = set(block_layers(model, replaced.get(BLOCKS, ())))
+    covered = {name for name, module in modules.items() if isinstance(module, COVERED)}
     for name, module in modules.items():
         kind = _plain_name(module)
-        if name in constrained or ".parametrizations" in f".{name}" or isinstance(module, HARMLESS):
+        is_inside = any(name == other or name.startswith(f"{other}.") for other in covered)
+        if is_inside or ".parametrizations" in f".{name}" or isinstance(module, HARMLESS) or name in in_blocks:
             continue
-        if name in obstacles:
+        if _is_attention(module):
+            balls = [child for child in module.children() if isinstance(child, BallRadii)]
+            if not balls or not balls[0].is_finite:
+                found.append(UncoveredModule(name, kind, UNBOUNDED_ATTENTION))
+        elif name in constrained:
+            continue
+        elif name in obstacles:
             found.append(UncoveredModule(name, kind, obstacles[name] or "not constrained"))
-        elif "Attention" in kind and not any(
-            "Attention" in type(child).__name__ for child in module.modules() if child is not module
-        ):
-            found.append(UncoveredModule(name, kind, UNBOUNDED_ATTENTION))
         elif next(module.children(), None) is None:
             found.append(UncoveredModule(name, kind, _reason(kind)))
         elif any(True for _ in module.parameters(recurse=False)):
             own = ", ".join(key for key, _ in module.named_parameters(recurse=False))
             found.append(UncoveredModule(name, kind, f"parameters of its own: {own}"))
     return found
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether it computes attention itself, rather than a module inside it."""
+    inner = [child for child in module.modules() if child is not module]
+    return "Attention" in _plain_name(module) and not any("Attention" in type(child).__name__ for child in inner)
 
 
 def _reason(kind: str) -> str:
@@ -216,6 +298,18 @@ def _layer_table(report: LipschitzReport) -> Table:
             Text(rounded_up(layer.norm_after), style="green" if moved else ""),
             constant,
         )
+    return table
+
+
+def _replacement_table(report: LipschitzReport) -> Table:
+    table = Table(title="Replaced")
+    table.add_column("module", overflow="fold")
+    table.add_column("type", no_wrap=True)
+    table.add_column("constant", justify="right", no_wrap=True)
+    table.add_column("what it is")
+    for part in report.replacements:
+        constant = "" if part.lipschitz is None else rounded_up(part.lipschitz)
+        table.add_row(part.name or "(the model)", part.kind, constant, part.note)
     return table
 
 

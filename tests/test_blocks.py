@@ -290,7 +290,7 @@ def test_names_and_descriptions() -> None:
     assert find_blocks(model) == ("h.0", "h.1")
     assert block_layers(model, ("h.1",)) == ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
     (line,) = describe_blocks(model, ("h.0",))
-    assert line == "h.0: mlp.c_proj tied to mlp.c_fc, mlp.act with slopes in [0, 1], ln_2 removed"
+    assert line == "block: mlp.c_proj tied to mlp.c_fc, mlp.act with slopes in [0, 1], ln_2 removed"
     assert not has_blocks(model)
     assert "removed" not in describe_blocks(build("bert"), ("encoder.layer.0",))[0]
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lipschitz.integrations.lora_layer import LipschitzLoraLinear
 from hf_lipschitz.nn.attachment import constrained_layers
-from hf_lipschitz.nn.parametrizations import GramParametrization
+from hf_lipschitz.nn.constraint import Constraint
 
 
 logger = logging.getLogger(__name__)
@@ -63,10 +63,10 @@ class GuardedLayer(nn.Module):
 
     watch: Watch
     # In a tuple it is no second submodule.
-    lipschitz_constraint: tuple[GramParametrization]
+    lipschitz_constraint: tuple[Constraint]
 
     @property
-    def constraint(self) -> GramParametrization:
+    def constraint(self) -> Constraint:
         """That of the layer inside, also while `materialized` has it off."""
         return self.lipschitz_constraint[0]
 

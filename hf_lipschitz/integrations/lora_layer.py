@@ -17,7 +17,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from hf_lipschitz.nn.attachment import constrained_layers
-from hf_lipschitz.nn.parametrizations import GramParametrization, refresh_all
+from hf_lipschitz.nn.constraint import Constraint
+from hf_lipschitz.nn.parametrizations import refresh_all
 from hf_lipschitz.nn.references import Reference
 
 
@@ -135,7 +136,7 @@ class LipschitzLoraLinear(lora.Linear):
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     @property
-    def constraint(self) -> GramParametrization:
+    def constraint(self) -> Constraint:
         """The constraint of the base layer, which this layer feeds."""
         return self._chain[0][0]
 

@@ -13,8 +13,10 @@ from transformers.quantizers.auto import (
 
 from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.integrations.loading import LipschitzConfigReader, LipschitzLoader
+from hf_lipschitz.integrations.lora import register_lora
 from hf_lipschitz.nn.parametrizations import refresh_after_step
 from hf_lipschitz.pipelines import CertifiedClassificationPipeline
+from hf_lipschitz.replacements.attention import register_attention
 
 
 TASK = "certified-classification"
@@ -24,7 +26,8 @@ _done = False
 
 
 def register() -> None:
-    """Registers the loading hook, the optimizer hook and the pipeline task, once a process."""
+    """Registers the loading hook, the optimizer hooks, clipped attention, PEFT's adapters and the pipeline task, once
+    a process."""
     global _done
     if _done:
         return
@@ -32,6 +35,8 @@ def register() -> None:
         register_quantization_config(LipschitzConfig.quant_method)(LipschitzConfigReader)
         register_quantizer(LipschitzConfig.quant_method)(LipschitzLoader)
     register_optimizer_step_post_hook(refresh_after_step)
+    register_attention()
+    register_lora()
     PIPELINE_REGISTRY.register_pipeline(
         TASK,
         pipeline_class=CertifiedClassificationPipeline,

@@ -2,106 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from hf_lipschitz.functional.geometry import ConvGeometry, conv_geometry
-from hf_lipschitz.functional.products import frobenius_ceiling
-from hf_lipschitz.functional.rescaling import check_num_iterations, rescale_rows, rescaling_of_matrix
-from hf_lipschitz.functional.rescaling_conv import (
-    MAX_ITERATIONS,
-    Side,
-    num_channels,
-    rescale_kernel,
-    rescaling_of_kernel,
-)
-from hf_lipschitz.functional.weights import operator_to_frobenius
-
-
-# Keeps q = exp(log_q) within 2^-400 and 2^400.
-_LARGEST_LOG = 277.0
-
-
-class ChannelRescaling(nn.Module):
-    r"""W ↦ c diag(t)⁻¹W (`side="output"`) or c W diag(t)⁻¹ (`side="input"`), of spectral norm at most c at every read.
-
-    t is that of [`spectral_rescaling`] or [`conv_spectral_rescaling`], computed at each read in float64. Rounding to
-    the dtype of W is an error of norm at most f u‖W‖_F, f of [`operator_to_frobenius`] and u the unit roundoff, by
-    which the value is made smaller: a **sound bound** in every dtype.
-
-    Args:
-        weight (`Tensor`):
-            Only its shape is used.
-        geometry (`ConvGeometry`, *optional*):
-            Of the convolution; `None` for a matrix of shape (out, in).
-        side (`str`):
-            Which channels are divided.
-        lipschitz (`float`):
-            c, finite and at least 0.
-        num_iterations (`int`):
-            N, at most 3 for a convolution.
-        learns_weights (`bool`):
-            Whether the weights q = exp(`log_q`) of the channels are trained, as in SLL; 1 otherwise, as in AOL.
-
-    Raises:
-        ValueError: c or N is out of range.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        geometry: ConvGeometry | None,
-        *,
-        side: Side,
-        lipschitz: float,
-        num_iterations: int,
-        learns_weights: bool,
-    ) -> None:
-        super().__init__()
-        if not 0 <= lipschitz < math.inf:
-            raise ValueError(f"lipschitz must be finite and >= 0, got {lipschitz}")
-        check_num_iterations(num_iterations)
-        if geometry is not None and num_iterations > MAX_ITERATIONS:
-            raise ValueError(
-                f"num_iterations must be at most {MAX_ITERATIONS} for a convolution, got {num_iterations}"
-            )
-        self.geometry, self.side = geometry, side
-        self.lipschitz, self.num_iterations = lipschitz, num_iterations
-        if geometry is None:
-            channels = weight.shape[0] if side == "output" else weight.shape[1]
-        else:
-            channels = num_channels(weight.shape, geometry, side)
-        self.log_q = nn.Parameter(weight.new_zeros(channels)) if learns_weights else None
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if weight.is_meta:
-            return weight
-        with torch.autocast(weight.device.type, enabled=False):
-            wide = weight.double()
-            value = self._divided(wide) * self.lipschitz
-            with torch.no_grad():
-                unit = torch.finfo(weight.dtype).eps / 2
-                rounding = (
-                    unit * operator_to_frobenius(weight.shape, self.geometry) * frobenius_ceiling(value, torch.float64)
-                )
-                scale = self.lipschitz / (self.lipschitz + rounding) if self.lipschitz else 1.0
-            return (value * scale).to(weight.dtype)
-
-    def _divided(self, wide: Tensor) -> Tensor:
-        q = None if self.log_q is None else self.log_q.double().clamp(-_LARGEST_LOG, _LARGEST_LOG).exp()
-        if self.geometry is not None:
-            t = rescaling_of_kernel(wide, self.geometry, side=self.side, num_iterations=self.num_iterations, q=q)
-            return rescale_kernel(wide, self.geometry, t, side=self.side)
-        rows = wide if self.side == "output" else wide.mT
-        divided = rescale_rows(rows, rescaling_of_matrix(rows, num_iterations=self.num_iterations, q=q))
-        return divided if self.side == "output" else divided.mT
-
-    def extra_repr(self) -> str:
-        return f"side={self.side}, lipschitz={self.lipschitz:g}, num_iterations={self.num_iterations}"
+from hf_lipschitz.functional.geometry import conv_geometry
+from hf_lipschitz.functional.layout import WeightLayout
+from hf_lipschitz.functional.rescaling_conv import Side
+from hf_lipschitz.nn.attachment import attach
+from hf_lipschitz.nn.rescaling import RescalingParametrization
 
 
 @torch.no_grad()
@@ -128,9 +38,11 @@ def orthogonal_start_(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> 
         module.bias.zero_()
 
 
-def layer_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
-    """How a convolution uses its kernel."""
-    return conv_geometry(
+def layout_of(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> WeightLayout:
+    """How a standalone layer uses its weight."""
+    if isinstance(module, nn.Linear):
+        return WeightLayout()
+    geometry = conv_geometry(
         module.weight.shape,
         stride=module.stride,
         padding=module.padding,
@@ -138,26 +50,24 @@ def layer_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
         groups=module.groups,
         padding_mode=module.padding_mode,
     )
+    return WeightLayout(geometry)
 
 
 def rescale_channels(
     module: nn.Module, *, side: Side, lipschitz: float, num_iterations: int, learns_weights: bool
 ) -> None:
-    """Gives a new layer an orthogonal weight under a [`ChannelRescaling`]."""
+    """Gives a new layer an orthogonal weight under an exact [`RescalingParametrization`]."""
     orthogonal_start_(module)
-    geometry = None if isinstance(module, nn.Linear) else layer_geometry(module)
-    parametrize.register_parametrization(
-        module,
-        "weight",
-        ChannelRescaling(
-            module.weight,
-            geometry,
-            side=side,
-            lipschitz=lipschitz,
-            num_iterations=num_iterations,
-            learns_weights=learns_weights,
-        ),
+    constraint = RescalingParametrization(
+        layout_of(module),
+        module.weight,
+        side=side,
+        num_iterations=num_iterations,
+        learns_weights=learns_weights,
+        exact=True,
+        name=type(module).__name__,
     )
+    attach(module, "weight", constraint, lipschitz)
 
 
 class AOLLinear(nn.Linear):

@@ -82,6 +82,11 @@ class BallRadii(nn.Module):
         """Radius of the values."""
         return self.radii[2].item()
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all three radii are."""
+        return not self.radii.is_meta and bool(torch.isfinite(self.radii).all())
+
     @torch.no_grad()
     def set_radii(self, query: float | None = None, key: float | None = None, value: float | None = None) -> None:
         """Sets those that are given, rounded down to float32.

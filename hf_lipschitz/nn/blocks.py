@@ -11,12 +11,11 @@ from hf_lipschitz.functional.geometry import ConvGeometry
 from hf_lipschitz.functional.rescaling import rescaling_of_matrix
 from hf_lipschitz.functional.rescaling_conv import rescaling_of_kernel
 from hf_lipschitz.functional.weights import norms_and_directions
+from hf_lipschitz.nn.rescaling import LARGEST_LOG
 
 
 BlockKind = Literal["sll", "cpl"]
 BLOCK_KINDS = ("sll", "cpl")
-# Keeps q = exp(log_q) within 2^-400 and 2^400.
-_LARGEST_LOG = 277.0
 
 
 def sll_scale(rows: Tensor, log_q: Tensor, num_iterations: int = 1, geometry: ConvGeometry | None = None) -> Tensor:
@@ -40,7 +39,7 @@ def sll_scale(rows: Tensor, log_q: Tensor, num_iterations: int = 1, geometry: Co
         `Tensor` of shape `(h,)`, in the dtype of `rows`; differentiable. \(VV^T \preceq T\) is a **sound bound** as in
         [`spectral_rescaling`].
     """
-    q = log_q.double().clamp(-_LARGEST_LOG, _LARGEST_LOG).exp()
+    q = log_q.double().clamp(-LARGEST_LOG, LARGEST_LOG).exp()
     # Only float64 compiles as one graph.
     wide = rows.double() if torch.compiler.is_compiling() else rows
     with torch.autocast(rows.device.type, enabled=False):

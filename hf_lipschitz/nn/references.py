@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.functional.checks import check_named_weight
-from hf_lipschitz.functional.geometry import ConvGeometry
+from hf_lipschitz.functional.layout import WeightLayout
 from hf_lipschitz.functional.products import frobenius_ceiling
 from hf_lipschitz.functional.weights import NormAndDirection, norms_and_directions, operator_to_frobenius
 
@@ -24,7 +24,10 @@ FLOAT64_RANGE = (2.0**-400, 2.0**400)
 
 
 class Reference(NamedTuple):
-    """A weight, a bound of its norm once it is stored in its own dtype, and the direction in which the norm grows."""
+    """A weight, a bound of its norm once it is stored in its own dtype, and the direction in which the norm grows.
+
+    Of a tensor that holds several matrices the bounds have shape (count,) and the directions (count, size).
+    """
 
     weight: Tensor
     bound: Tensor
@@ -37,48 +40,66 @@ class Reference(NamedTuple):
 def new_references(
     names: Sequence[str],
     weights: Sequence[Tensor],
-    geometry: ConvGeometry | None,
+    layout: WeightLayout,
     rtol: float,
     starts: Sequence[Tensor | None],
 ) -> list[Reference]:
-    """A reference for each of several weights of one shape; the weights are copied.
+    """A reference for each of several weights of one shape and layout; the weights are copied.
 
     Raises:
         ValueError: a weight is NaN or inf; the message names the layer.
     """
+    count = 1 if layout.count is None else layout.count
+    pieces = [piece for weight in weights for piece in _pieces(layout.matrices(weight), layout)]
+    pieces_of_starts = [piece for start in starts for piece in ([None] * count if start is None else _rows(start))]
     try:
-        found = norms_and_directions(weights, geometry, rtol, starts)
+        found = norms_and_directions(pieces, layout.geometry, rtol, pieces_of_starts)
     except ValueError:
         for name, weight in zip(names, weights, strict=True):
             check_named_weight(name, weight)
         raise
     made = []
-    for name, weight, row in zip(names, weights, found, strict=True):
-        if row.bound != 0 and is_outside(row.bound, FLOAT64_RANGE):
-            raise ValueError(f"layer {name}: its norm is about {row.bound.item():.1e}; rescale the weight first")
-        made.append(_rounded(weight, row, geometry))
+    for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
+        rows = found[index * count : (index + 1) * count]
+        for row in rows:
+            if row.bound != 0 and is_outside(row.bound, FLOAT64_RANGE):
+                raise ValueError(f"layer {name}: its norm is about {row.bound.item():.1e}; rescale the weight first")
+        made.append(_rounded(weight, rows, layout))
     return made
 
 
+def _pieces(matrices: Tensor, layout: WeightLayout) -> Sequence[Tensor]:
+    return [matrices] if layout.count is None else matrices.unbind()
+
+
+def _rows(start: Tensor) -> Sequence[Tensor]:
+    return start.unbind() if start.dim() == 2 else [start]
+
+
 def is_outside(value: float | Tensor, limits: tuple[float, float]) -> bool:
-    """Whether a number is not within two others; NaN is not."""
+    """Whether a number, or any of several, is not within two others; NaN is not."""
+    if isinstance(value, Tensor):
+        return not bool(((limits[0] <= value) & (value <= limits[1])).all())
     return not limits[0] <= value <= limits[1]
 
 
-def _rounded(weight: Tensor, found: NormAndDirection, geometry: ConvGeometry | None) -> Reference:
-    bound, left, right = found
+def _rounded(weight: Tensor, rows: Sequence[NormAndDirection], layout: WeightLayout) -> Reference:
+    if layout.count is None:
+        bound, left, right = rows[0]
+    else:
+        bound, left, right = (torch.stack(column) for column in zip(*rows, strict=True))
     is_wide = is_outside(bound, FLOAT32_RANGE)
     unit = torch.finfo(weight.dtype).eps / 2
     if weight.dtype != left.dtype:
         # Rounded twice: to the dtype of the computation, and to its own.
         unit += torch.finfo(left.dtype).eps
-    rounding = unit * frobenius_ceiling(weight, torch.float64 if is_wide else left.dtype)
-    factor = operator_to_frobenius(weight.shape, geometry)
+    rounding = unit * layout.frobenius_ceilings(weight, torch.float64 if is_wide else left.dtype)
+    factor = operator_to_frobenius(weight.shape, layout.geometry)
     bound = (bound + factor * rounding) * (1 + SCALAR_ALLOWANCE[left.dtype])
     return Reference(weight.clone(), bound, left, right, is_wide)
 
 
-def moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor: float) -> Reference | None:
+def moved(reference: Reference, fn: Callable[[Tensor], Tensor], layout: WeightLayout) -> Reference | None:
     """The reference after `fn` moved or cast its weight: sound by Weyl's inequality whatever `fn` does."""
     weight = fn(reference.weight)
     if weight.is_meta:
@@ -90,6 +111,7 @@ def moved(reference: Reference, fn: Callable[[Tensor], Tensor], operator_factor:
         return None
     if change != 0 or weight.dtype != reference.weight.dtype:
         rounding = torch.finfo(weight.dtype).eps / 2 * torch.linalg.vector_norm(wide)
+        operator_factor = operator_to_frobenius(weight.shape, layout.geometry)
         bound = bound + operator_factor * (change + rounding).to(bound.device)
     return Reference(weight, bound, left, right, reference.is_wide)
 
@@ -98,27 +120,34 @@ def constrain(
     weight: Tensor,
     reference: Reference,
     constant: Tensor,
+    layout: WeightLayout,
     *,
     exact: bool,
-    operator_factor: float = 1.0,
     is_wide: bool = False,
 ) -> Tensor:
     """The value of [`GramParametrization`], in tensor operations only: it compiles, and runs under any transform.
 
-    `operator_factor` is that of [`operator_to_frobenius`]; `is_wide` is for constants that need float64. NaN in the
-    weight or in a bound gives NaN, never a weight that is not constrained.
+    `is_wide` is for constants that need float64. NaN in the weight or in a bound gives NaN, never a weight that is not
+    constrained.
     """
+    operator_factor = operator_to_frobenius(weight.shape, layout.geometry)
     with torch.autocast(weight.device.type, enabled=False):
         value = weight.to(torch.float64 if is_wide or reference.is_wide else reference.left.dtype)
         with torch.no_grad():
-            distance = frobenius_ceiling(value - reference.weight, value.dtype)
+            distance = layout.frobenius_ceilings(value - reference.weight, value.dtype)
             if weight.dtype != reference.weight.dtype:
-                distance = distance + torch.finfo(weight.dtype).eps / 2 * frobenius_ceiling(value, value.dtype)
+                distance = distance + torch.finfo(weight.dtype).eps / 2 * layout.frobenius_ceilings(
+                    value, value.dtype
+                )
             eps = max(torch.finfo(weight.dtype).eps, torch.finfo(value.dtype).eps)
             bound = reference.bound + operator_factor * distance * (1 + 2 * eps)
         left, right = reference.left.to(value.dtype), reference.right.to(value.dtype)
         # Zero, with the gradient of the norm; small, so that the products of no finite weight overflow.
-        along = left @ (value.reshape(left.numel(), right.numel()) @ (right * 2.0**-20))
+        matrices, small = value.reshape(*left.shape, right.shape[-1]), right * 2.0**-20
+        if layout.count is None:
+            along = left @ (matrices @ small)
+        else:
+            along = (left.unsqueeze(-2) @ (matrices @ small.unsqueeze(-1))).reshape(-1)
         bound = bound + (along - along.detach()).double() * 2.0**20
         # Entries below the normal numbers are rounded by up to this much, whatever their size.
         lost = operator_factor * _subnormal_unit(weight.dtype) * weight.numel() ** 0.5
@@ -126,7 +155,7 @@ def constrain(
         scale = (constant.clone() - lost).clamp_min(0) / torch.where(bound == 0, torch.ones_like(bound), bound)
         if not exact:
             scale = torch.where(bound <= constant, torch.ones_like(scale), scale.clamp(max=1.0))
-        return (value * scale).to(weight.dtype)
+        return (matrices * scale[..., None, None]).reshape(weight.shape).to(weight.dtype)
 
 
 def _subnormal_unit(dtype: torch.dtype) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lipschitz.nn.aol import layer_geometry, orthogonal_start_
+from hf_lipschitz.nn.aol import layout_of, orthogonal_start_
 from hf_lipschitz.nn.attachment import attach
 from hf_lipschitz.nn.parametrizations import GramParametrization
 
@@ -14,8 +14,8 @@ from hf_lipschitz.nn.parametrizations import GramParametrization
 def divide_by_norm(module: nn.Module, *, lipschitz: float, rtol: float) -> None:
     """Gives a new layer an orthogonal weight under an exact [`GramParametrization`]."""
     orthogonal_start_(module)
-    geometry = None if isinstance(module, nn.Linear) else layer_geometry(module)
-    parametrization = GramParametrization(geometry, exact=True, rtol=rtol, refresh_every=1, name=type(module).__name__)
+    layout = layout_of(module)
+    parametrization = GramParametrization(layout, exact=True, rtol=rtol, refresh_every=1, name=type(module).__name__)
     attach(module, "weight", parametrization, lipschitz)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from hf_lipschitz.configuration import LipschitzConfig
-from hf_lipschitz.methods import CONVOLUTIONS, DENSE
+from hf_lipschitz.holders import CONVOLUTIONS, DENSE
 from hf_lipschitz.nn.activations import Bounded, MaxMin, slope_range
 from hf_lipschitz.probes import evaluation, probe_inputs
 from hf_lipschitz.replacements.swap import swap

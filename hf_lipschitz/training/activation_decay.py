@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_lipschitz.methods import CONVOLUTIONS
+from hf_lipschitz.holders import CONVOLUTIONS
 
 
 # Two tokens whose rows of logits are equal are the same token but for rounding, unless the head maps them together.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lipschitz.methods import CONVOLUTIONS, DENSE
+from hf_lipschitz.holders import CONVOLUTIONS, DENSE
 
 
 def find_head(model: nn.Module, head_module: str | None = None) -> tuple[str, nn.Module]:

@@ -61,5 +61,5 @@ def layer_metrics(model: nn.Module) -> dict[str, float]:
 
 
 def _norm_bound(layer: ConstrainedLayer) -> float:
-    bound, constant = layer.parametrization.refresh().bound.item(), layer.parametrization.lipschitz.item()
+    bound, constant = layer.parametrization.present_bound(), layer.parametrization.lipschitz.item()
     return constant if layer.parametrization.exact and bound > 0 else min(bound, constant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_lipschitz.configuration import LipschitzConfig
+from hf_lipschitz.methods import lipschitz_share
+from hf_lipschitz.model_config import config_of, set_config
 from hf_lipschitz.nn.attachment import ConstrainedLayer, constrained_layers
 
 
@@ -34,7 +36,7 @@ def schedule_target(model: nn.Module, lipschitz_target: float | None) -> float:
         )
     if lipschitz_target is not None:
         return lipschitz_target
-    config = _lipschitz_config(model)
+    config = config_of(model)
     if config is None or config.layer_lipschitz is None:
         raise ValueError("lipschitz_schedule has no constant to go to: set lipschitz_target, for example to 1.0")
     return config.layer_lipschitz
@@ -43,7 +45,7 @@ def schedule_target(model: nn.Module, lipschitz_target: float | None) -> float:
 class LipschitzScheduleCallback(TrainerCallback, ExportableState):
     r"""
     Sets the constant of each layer to \\(c_0 + (c - c_0)\,s(t/(rT))\\) after t of T optimizer steps, and to the target
-    c itself from step rT on.
+    c itself from step rT on, times the layer's share of the budget where a residual branch ends in it.
 
     c₀ is the bound of the norm of the layer's raw weight, so that training starts from the function of that weight. In
     cap mode it is at least c: a layer under the target stays as it is. The starts are part of the trainer's state, so
@@ -71,11 +73,11 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
             "attributes": {"starts": dict(self.starts)},
         }
 
-    def constant(self, start: float, step: int, max_steps: int) -> float:
+    def constant(self, start: float, target: float, step: int, max_steps: int) -> float:
         """The constant after `step` of `max_steps` steps."""
         if self._is_over(step, max_steps):
-            return self.target
-        return start + (self.target - start) * SCHEDULES[self.schedule](step / (self.ratio * max_steps))
+            return target
+        return start + (target - start) * SCHEDULES[self.schedule](step / (self.ratio * max_steps))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -94,8 +96,9 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        constants = {layer.parametrization.lipschitz.item() for layer in constrained_layers(model)}
-        is_at_target = constants == {self.target}
+        layers = list(constrained_layers(model))
+        constants = {layer.parametrization.lipschitz.item() / lipschitz_share(layer.module) for layer in layers}
+        is_at_target = all(math.isclose(constant, self.target, rel_tol=1e-12) for constant in constants)
         _describe(model, self.target if is_at_target else None)
         if not is_at_target:
             logger.warning(
@@ -108,7 +111,9 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
 
     def _start(self, model: nn.Module) -> None:
         layers = list(constrained_layers(model))
-        self.starts = {_key(layer): _start_of(layer, self.target) for layer in layers}
+        self.starts = {
+            _key(layer): _start_of(layer, self.target * lipschitz_share(layer.module)) for layer in layers
+        }
         moved = [layer.name for layer in layers if layer.parametrization.scale() != 1]
         if moved:
             logger.warning(
@@ -130,7 +135,8 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
 
     def _set_constants(self, model: nn.Module, state: TrainerState) -> None:
         for layer in constrained_layers(model):
-            constant = self.constant(self.starts[_key(layer)], state.global_step, state.max_steps)
+            target = self.target * lipschitz_share(layer.module)
+            constant = self.constant(self.starts[_key(layer)], target, state.global_step, state.max_steps)
             layer.parametrization.set_constant(constant)
         _describe(model, self.target if self._is_over(state.global_step, state.max_steps) else None)
 
@@ -139,20 +145,15 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
 
 
 def _key(layer: ConstrainedLayer) -> str:
-    return f"{layer.name}.{layer.tensor_name}"
+    return layer.full_name
 
 
 def _start_of(layer: ConstrainedLayer, target: float) -> float:
-    bound = layer.parametrization.refresh().bound.item()
+    bound = layer.parametrization.present_bound()
     return bound if layer.parametrization.exact else max(bound, target)
 
 
-def _lipschitz_config(model: nn.Module) -> LipschitzConfig | None:
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config if isinstance(config, LipschitzConfig) else None
-
-
 def _describe(model: nn.Module, layer_lipschitz: float | None) -> None:
-    config = _lipschitz_config(model)
+    config = config_of(model)
     if config is not None and config.layer_lipschitz != layer_lipschitz:
-        model.config.quantization_config = dataclasses.replace(config, layer_lipschitz=layer_lipschitz)
+        set_config(model, dataclasses.replace(config, layer_lipschitz=layer_lipschitz))

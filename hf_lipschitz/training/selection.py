@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hf_lipschitz.methods import CONVOLUTIONS, DENSE
+from hf_lipschitz.holders import CONVOLUTIONS, DENSE
 from hf_lipschitz.training.head import find_head
 
 

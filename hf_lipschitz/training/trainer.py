@@ -134,8 +134,10 @@ class LipschitzTrainer(Trainer):
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        raw = {f"{layer.name}.parametrizations.{layer.tensor_name}.original" for layer in constrained_layers(model)}
-        return [name for name in super().get_decay_parameter_names(model) if name not in raw]
+        prefixes = tuple(
+            f"{layer.name}.parametrizations.{layer.tensor_name}.".removeprefix(".") for layer in constrained_layers(model)
+        )
+        return [name for name in super().get_decay_parameter_names(model) if not name.startswith(prefixes)]
 
     def _activation_decay(self, calls: list[HeadCall], outputs: Any) -> Tensor:
         if len(calls) != 1:
