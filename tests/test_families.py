@@ -57,7 +57,8 @@ def test_every_effective_weight_is_under_its_constant(family: str, method: str) 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "mixtral", "xlnet", "siglip_vision", "wav2vec2", "convnext"])
 def test_gradients_reach_every_raw_weight(family: str, method: str) -> None:
-    model = lipschitzify(MODELS[family]().eval(), layer_lipschitz=0.5, method=method)
+    # A channel that is under the constant and left as it is has no use for its weight q.
+    model = lipschitzify(MODELS[family]().eval(), layer_lipschitz=0.5, method=method, mode="exact")
     output(model, example(model, batch=4)).square().sum().backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert not {name for name in idle if "parametrizations" in name}

@@ -58,6 +58,11 @@ class WeightLayout(NamedTuple):
         rows = first // self.count if len(shape) == 2 else shape[1]
         return (self.count, rows if self._is_on_rows(side) else shape[-1])
 
+    def channels_together(self, shape: tuple[int, ...], side: Side) -> int:
+        """How many channels of a side are rows of one matrix."""
+        channels = self.channels(shape, side)[-1]
+        return channels if self.geometry is None else channels // self.geometry.groups
+
     def rescaling(self, weight: Tensor, side: Side, num_iterations: int, q: Tensor | None = None) -> Tensor:
         """t of [`spectral_rescaling`] or [`conv_spectral_rescaling`] for the channels of a side, float64; **sound** as
         they are. `q` and the result have the shape of [`channels`]."""

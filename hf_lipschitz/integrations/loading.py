@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -16,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lipschitz.blocks import block_layers
 from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.conversion import apply_config, layer_obstacles, mark_replaced
+from hf_lipschitz.holders import weight_layouts
 from hf_lipschitz.matching import is_meant
 from hf_lipschitz.methods import layer_constant
 from hf_lipschitz.model_config import set_config
@@ -81,6 +83,7 @@ class LipschitzLoader(HfQuantizer):
         meant = {n for n in able if is_meant(model, n, config.target_modules, config.exclude_modules)}
         stored = [name for name in able if any(n in (config.layers or meant) for n in spellings(name, model))]
         self._new_layers = [name for name in able if name in meant and name not in stored]
+        _empty(model, stored)
         apply_config(model, config, stored)
         mark_replaced(model, config.replaced)
         # So that transformers initialises the raw weight of a head whose size changed, through `module.weight`.
@@ -96,16 +99,18 @@ class LipschitzLoader(HfQuantizer):
             constraint = layer.parametrization
             constraint.is_suspended = False
             in_checkpoint = any(f"{key}.original" in self._keys for key in _raw_keys(layer, model))
-            own = [tensor for _, tensor in _tensors(constraint)]
+            own = list(constraint.parameters())
             own += [] if layer.stage is None else list(layer.stage.parameters())
             is_raw_loaded = _is_loaded(layer.module.parametrizations[layer.tensor_name].original)
             # The weights q of a head whose size changed are made anew with it.
-            needed = own if is_raw_loaded else [constraint.lipschitz]
-            if not (is_raw_loaded or in_checkpoint) or not all(map(_is_loaded, needed)):
-                raise ValueError(
-                    f"the checkpoint has not all of the raw weight and the constant for {layer.full_name}: it is "
-                    "incomplete, save it again with save_pretrained"
-                )
+            missing = {"raw weight": not (is_raw_loaded or in_checkpoint), "constant": not _is_loaded(constraint.lipschitz)}
+            missing["other tensor"] = is_raw_loaded and not all(map(_is_loaded, own))
+            for what, is_missing in missing.items():
+                if is_missing:
+                    raise ValueError(
+                        f"the checkpoint has no {what} for {layer.full_name}: it is incomplete, save it again with "
+                        "save_pretrained"
+                    )
             if is_raw_loaded:
                 constraint.check_constant()
                 constraint.refresh(anew=True)
@@ -190,9 +195,14 @@ def _pattern(key: str) -> str:
     return rf"(^|\.){re.escape(key)}$"
 
 
-def _tensors(constraint: Constraint) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from constraint.named_parameters()
-    yield from constraint.named_buffers()
+def _empty(model: PreTrainedModel, names: list[str]) -> None:
+    """Takes off the memory of layers that made their tensors past the meta device, as XLNet's attention does."""
+    for name in names:
+        module = model.get_submodule(name)
+        for tensor_name in weight_layouts(module):
+            weight = module._parameters.get(tensor_name)
+            if weight is not None and not weight.is_meta:
+                module._parameters[tensor_name] = nn.Parameter(weight.to("meta"), requires_grad=weight.requires_grad)
 
 
 @torch.no_grad()

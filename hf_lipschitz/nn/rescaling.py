@@ -41,7 +41,8 @@ class RescalingParametrization(Constraint):
         num_iterations (`int`):
             N, at most 3 for a convolution.
         learns_weights (`bool`):
-            Whether the weights q = exp(`log_q`) of the channels are trained, as in SLL; 1 otherwise.
+            Whether the weights q = exp(`log_q`) of the channels are trained, as in SLL; 1 otherwise, and where a group
+            of a convolution has one channel, as in depthwise ones.
         exact, name:
             See [`Constraint`].
 
@@ -68,8 +69,10 @@ class RescalingParametrization(Constraint):
                 f"{num_iterations}"
             )
         self.side, self.num_iterations = side, num_iterations
+        # Only ratios of weights within a group count.
+        has_ratios = layout.channels_together(weight.shape, side) > 1
         channels = layout.channels(weight.shape, side)
-        self.log_q = nn.Parameter(weight.new_zeros(channels)) if learns_weights else None
+        self.log_q = nn.Parameter(weight.new_zeros(channels)) if learns_weights and has_ratios else None
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.is_meta or self.is_suspended:

@@ -16,12 +16,15 @@ class WeightNormStage(nn.Module):
             g.
         dim (`int`):
             The axis that is not summed over.
+        original_class (`type`):
+            Of the module while it had torch's weight norm.
     """
 
-    def __init__(self, magnitude: Tensor, dim: int, requires_grad: bool) -> None:
+    def __init__(self, magnitude: nn.Parameter, dim: int, original_class: type[nn.Module]) -> None:
         super().__init__()
-        self.magnitude = nn.Parameter(magnitude, requires_grad=requires_grad)
+        self.magnitude = magnitude
         self.dim = dim
+        self.original_class = original_class
 
     def forward(self, direction: Tensor) -> Tensor:
         return torch._weight_norm(direction, self.magnitude, self.dim)
@@ -47,18 +50,20 @@ def take_apart(module: nn.Module, tensor_name: str) -> WeightNormStage:
     """Takes torch's weight norm off; the direction v becomes the plain parameter, and the stage holds the magnitude."""
     chain = module.parametrizations[tensor_name]
     magnitude, direction, dim = chain.original0, chain.original1, chain[0].dim
+    original_class = type(module)
     # The class is reset on this instance; deleting the property from it would break every copy of the module.
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module._modules["parametrizations"]
     parameter = nn.Parameter(direction.detach(), requires_grad=direction.requires_grad)
     module._parameters = {tensor_name: parameter, **module._parameters}
-    return WeightNormStage(magnitude.detach(), dim, magnitude.requires_grad)
+    return WeightNormStage(magnitude, dim, original_class)
 
 
 def put_together(module: nn.Module, tensor_name: str, stage: WeightNormStage) -> None:
     """Puts torch's weight norm on the plain parameter, as the original class had it."""
     requires_grad = stage.magnitude.requires_grad
     parametrize.register_parametrization(module, tensor_name, _WeightNorm(stage.dim), unsafe=True)
+    module.__class__ = stage.original_class
     module.parametrizations[tensor_name].original0.requires_grad_(requires_grad)
 
 
