@@ -112,6 +112,13 @@ class GuardedTuner(nn.Module):
         self._refuse()
         super().merge_adapter(*args, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, GuardedLayer) and new_module is child.get_base_layer():
+            # PEFT would assign the effective weight to the raw one.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _refuse(self) -> None:
         guarded = next((m for m in self.model.modules() if isinstance(m, GuardedLayer)), None)
         if guarded is not None:
