@@ -54,7 +54,7 @@ class ConstrainedLayer(NamedTuple):
         if self.parametrization.has_plain_form:
             return found
         # Of a wrong shape, so that a plain model refuses the file instead of computing something else.
-        return {name: tensor.new_empty(0) for name, tensor in found.items()}
+        return {name: tensor[..., :0].contiguous() for name, tensor in found.items()}
 
 
 def constrained_layers(model: nn.Module) -> Iterator[ConstrainedLayer]:

@@ -186,8 +186,9 @@ def _ceiling_of_norms(x: Tensor) -> Tensor:
 
 
 def _float32_below(value: float) -> float:
-    rounded = torch.tensor(value, dtype=torch.float32)
-    return (torch.nextafter(rounded, torch.zeros(())) if rounded.item() > value else rounded).item()
+    # On the CPU, for modules are made on the meta device as well.
+    rounded = torch.tensor(value, dtype=torch.float32, device="cpu")
+    return (torch.nextafter(rounded, torch.zeros_like(rounded)) if rounded.item() > value else rounded).item()
 
 
 def _check_radius(name: str, radius: float) -> None:

@@ -348,5 +348,6 @@ def _centred(x: Tensor, axes: tuple[int, ...], eps: float) -> tuple[Tensor, Tens
 
 
 def _float32_below(value: float) -> float:
-    rounded = torch.tensor(value, dtype=torch.float32)
-    return (torch.nextafter(rounded, torch.zeros(())) if rounded.item() > value else rounded).item()
+    # On the CPU, for modules are made on the meta device as well.
+    rounded = torch.tensor(value, dtype=torch.float32, device="cpu")
+    return (torch.nextafter(rounded, torch.zeros_like(rounded)) if rounded.item() > value else rounded).item()

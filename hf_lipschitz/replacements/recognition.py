@@ -44,7 +44,9 @@ def bounded_norm(module: nn.Module, norm: str) -> nn.Module:
     Raises:
         ValueError: no candidate agrees; the message says in a few words why.
     """
-    maker = _maker(module, norm)
+    # Loading runs under the meta device, and what is compared here needs data.
+    with torch.device("cpu"):
+        maker = _maker(module, norm)
     replacement = maker(module._parameters.get("weight"), module._parameters.get("bias"))
     return replacement.train(module.training)
 
