@@ -18,6 +18,7 @@ from transformers.utils import find_labels
 
 from hf_lipschitz.conversion import materialized
 from hf_lipschitz.nn.calibration import calibrated_modules
+from hf_lipschitz.nn.modes import evaluating
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def calibrate(
     with _restored_after_an_error(modules):
         for module in modules.values():
             module.begin_calibration()
-        with materialized(model) as plain, _evaluation(plain), torch.no_grad():
+        with materialized(model) as plain, evaluating(plain), torch.no_grad():
             count = _run(plain, itertools.islice(dataloader, max_batches))
         if count == 0:
             raise ValueError("the dataloader gave no batch: nothing to calibrate on")
@@ -154,15 +155,3 @@ def _restored_after_an_error(modules: Mapping[str, nn.Module]) -> Iterator[None]
             for buffer, old in zip(module.buffers(recurse=False), before[name], strict=True):
                 buffer.copy_(old)
         raise
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

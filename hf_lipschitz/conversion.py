@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
 
 from hf_lipschitz.blocks import block_layers, has_blocks
 from hf_lipschitz.configuration import LipschitzConfig
@@ -197,7 +196,7 @@ def merge(model: nn.Module) -> nn.Module:
     for module in {id(layer.module): layer.module for layer in layers}.values():
         bake(module)
     set_config(model, None)
-    if config is not None and isinstance(model, PreTrainedModel):
+    if config is not None and hasattr(model, "config"):
         model.config.lipschitz = {"merged": True, **config.to_dict()}
     return model
 
@@ -267,10 +266,10 @@ def _check_model(model: Any, config: LipschitzConfig) -> None:
         )
     if config.method not in METHODS:
         raise ValueError(f"unknown method {config.method!r}; registered: {', '.join(METHODS)}")
-    if config_of(model) is None and getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        raise ValueError("the model is quantized; dequantize it first, for norms of quantized weights are not covered")
     if any(type(m).__module__.startswith("peft.") for m in model.modules()):
         raise ValueError("the model carries PEFT adapters; call merge_and_unload() first, or lipschitzify before PEFT")
+    if config_of(model) is None and getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError("the model is quantized; dequantize it first, for norms of quantized weights are not covered")
 
 
 def _log_changes(model: nn.Module, config: LipschitzConfig, replaced: Replaced) -> None:

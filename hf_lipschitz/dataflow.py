@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hf_lipschitz.holders import CONVOLUTIONS, DENSE
-from hf_lipschitz.probes import evaluation, probe_inputs
+from hf_lipschitz.nn.modes import evaluating
+from hf_lipschitz.probes import probe_inputs
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -254,7 +255,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any] | None) -> _Trace:
     watched = (nn.Embedding, *BATCH_NORMS, *DENSE, *CONVOLUTIONS)
     handles = [watch(name, module) for name, module in model.named_modules() if isinstance(module, watched)]
     try:
-        with evaluation(model), _all_require_grad(model), torch.inference_mode(False), torch.enable_grad():
+        with evaluating(model), _all_require_grad(model), torch.inference_mode(False), torch.enable_grad():
             trace.outputs = [t.grad_fn for t in _tensors(model(**given)) if t.grad_fn is not None]
             # The graph is walked while the parameters require gradients, and lives as long as its nodes are held.
             _ = trace.depth, trace.uses

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,19 +50,6 @@ def probe_inputs(model: nn.Module) -> dict[str, Any]:
     if "use_cache" in taken:
         made["use_cache"] = False
     return made
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; each module is in its own mode again afterwards."""
-    training = {module: module.training for module in model.modules()}
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _has_tower(config: Any, name: str) -> bool:

@@ -28,7 +28,9 @@ EXPECTED = {
     "modernbert": layers("model.layers.{}.", "attn.Wo", "mlp.Wo"),
     "t5": (
         *layers("transformer.encoder.block.{}.layer.", "0.SelfAttention.o", "1.DenseReluDense.wo"),
-        *layers("transformer.decoder.block.{}.layer.", "0.SelfAttention.o", "1.EncDecAttention.o", "2.DenseReluDense.wo"),
+        *layers(
+            "transformer.decoder.block.{}.layer.", "0.SelfAttention.o", "1.EncDecAttention.o", "2.DenseReluDense.wo"
+        ),
     ),
     "vit": layers("vit.layers.{}.", "attention.o_proj", "mlp.fc2"),
     "swin": layers("swin.encoder.layers.{}.blocks.0.", "attention.o_proj", "mlp.fc2"),

@@ -85,7 +85,9 @@ def test_two_generations_are_bit_equal_and_a_plain_model_refuses(family: str, tm
         model = auto_class(model).from_pretrained(tmp_path)
         assert torch.equal(output(model, inputs), expected)
         assert model.config.quantization_config == first
-    shares = {name: module.lipschitz_share for name, module in model.named_modules() if hasattr(module, "lipschitz_share")}
+    shares = {
+        name: module.lipschitz_share for name, module in model.named_modules() if hasattr(module, "lipschitz_share")
+    }
     assert set(shares) == set(first.replaced["residuals"])
     for layer in constrained_layers(model):
         norm = exact_norm(layer.module, layer.tensor_name, layer.effective_weight)
@@ -249,7 +251,9 @@ def test_a_copy_and_a_failed_calibration_change_nothing() -> None:
     twin = copy.deepcopy(model)
     calibrate(twin, [inputs])
     assert not any(isinstance(m, BallRadii) and m.is_finite for m in model.modules())
-    calibrated = {name: [b.clone() for b in module.buffers(recurse=False)] for name, module in calibrated_modules(twin)}
+    calibrated = {
+        name: [b.clone() for b in module.buffers(recurse=False)] for name, module in calibrated_modules(twin)
+    }
     with pytest.raises(ValueError, match="NaN or inf"):
         calibrate(twin, [inputs, {"inputs_embeds": torch.full((1, 3, 24), torch.nan)}])
     for name, module in calibrated_modules(twin):

@@ -44,9 +44,9 @@ class LipschitzConfigReader(QuantizationConfigMixin):
 class LipschitzLoader(HfQuantizer):
     """Parametrizes the empty model before its weights are read, and steps aside once they are.
 
-    What was replaced, and the layers to parametrize, are those that the configuration names. A layer that the saved model did not have, such
-    as a new head, is initialised by transformers as in any model and constrained afterwards if the configuration
-    means it; so is a head of another size, where `ignore_mismatched_sizes=True` allows it.
+    What was replaced, and the layers to parametrize, are those that the configuration names. A layer that the saved
+    model did not have, such as a new head, is initialised by transformers as in any model and constrained afterwards
+    if the configuration means it; so is a head of another size, where `ignore_mismatched_sizes=True` allows it.
     """
 
     requires_calibration = False
@@ -103,7 +103,10 @@ class LipschitzLoader(HfQuantizer):
             own += [] if layer.stage is None else list(layer.stage.parameters())
             is_raw_loaded = _is_loaded(layer.module.parametrizations[layer.tensor_name].original)
             # The weights q of a head whose size changed are made anew with it.
-            missing = {"raw weight": not (is_raw_loaded or in_checkpoint), "constant": not _is_loaded(constraint.lipschitz)}
+            missing = {
+                "raw weight": not (is_raw_loaded or in_checkpoint),
+                "constant": not _is_loaded(constraint.lipschitz),
+            }
             missing["other tensor"] = is_raw_loaded and not all(map(_is_loaded, own))
             for what, is_missing in missing.items():
                 if is_missing:

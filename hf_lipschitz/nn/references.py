@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.functional.layout import WeightLayout
-from hf_lipschitz.functional.products import frobenius_ceiling
 from hf_lipschitz.functional.weights import NormAndDirection, norms_and_directions, operator_to_frobenius
 
 
@@ -136,9 +135,7 @@ def constrain(
         with torch.no_grad():
             distance = layout.frobenius_ceilings(value - reference.weight, value.dtype)
             if weight.dtype != reference.weight.dtype:
-                distance = distance + torch.finfo(weight.dtype).eps / 2 * layout.frobenius_ceilings(
-                    value, value.dtype
-                )
+                distance = distance + torch.finfo(weight.dtype).eps / 2 * layout.frobenius_ceilings(value, value.dtype)
             eps = max(torch.finfo(weight.dtype).eps, torch.finfo(value.dtype).eps)
             bound = reference.bound + operator_factor * distance * (1 + 2 * eps)
         left, right = reference.left.to(value.dtype), reference.right.to(value.dtype)

@@ -47,7 +47,7 @@ def has_weight_norm(module: nn.Module, tensor_name: str) -> bool:
 
 
 def take_apart(module: nn.Module, tensor_name: str) -> WeightNormStage:
-    """Takes torch's weight norm off; the direction v becomes the plain parameter, and the stage holds the magnitude."""
+    """Takes torch's weight norm off; the direction v becomes the plain parameter, the stage holds the magnitude."""
     chain = module.parametrizations[tensor_name]
     magnitude, direction, dim = chain.original0, chain.original1, chain[0].dim
     original_class = type(module)

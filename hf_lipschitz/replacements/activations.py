@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.holders import CONVOLUTIONS, DENSE
-from hf_lipschitz.nn.activations import Bounded, MaxMin, slope_range
-from hf_lipschitz.probes import evaluation, probe_inputs
+from hf_lipschitz.nn.activations import Bounded, MaxMin, SlopeCorrected, slope_range
+from hf_lipschitz.nn.modes import evaluating
+from hf_lipschitz.probes import probe_inputs
 from hf_lipschitz.replacements.swap import swap
 
 
@@ -60,9 +61,11 @@ def find(model: nn.Module, config: LipschitzConfig) -> tuple[str, ...]:
         ValueError: something cannot be replaced, and `config.strict` or nothing else can; or `"maxmin"`, and the model
             cannot be run on inputs made from its configuration.
     """
-    steep, refused = [], {}
+    steep, done, refused = [], [], {}
     for name, module in model.named_modules():
-        if isinstance(module, Bounded) or any(name.startswith(f"{other}.") for other in steep):
+        if isinstance(module, (Bounded, SlopeCorrected)):
+            done.append(name)
+        if any(name == other or name.startswith(f"{other}.") for other in (*steep, *done)):
             continue
         try:
             if max(abs(slope) for slope in slope_range(module)) > 1:
@@ -148,7 +151,7 @@ def _observed(model: nn.Module, config: LipschitzConfig, steep: list[str]) -> _C
             raise
         logger.info("replace=activations cannot look for activations called as functions: %s", error)
         return calls
-    with _watched(model, steep, calls), evaluation(model), torch.no_grad():
+    with _watched(model, steep, calls), evaluating(model), torch.no_grad():
         model(**inputs)
     return calls
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_lipschitz.probes import evaluation, probe_inputs
+from hf_lipschitz.nn.modes import evaluating
+from hf_lipschitz.probes import probe_inputs
 
 
 _HIDDEN_TOKENS = 3
@@ -29,7 +30,7 @@ def probe_outputs(model: PreTrainedModel) -> list[Tensor]:
     """
     failures = []
     for inputs in _candidates(model):
-        with evaluation(model), torch.random.fork_rng():
+        with evaluating(model), torch.random.fork_rng():
             torch.manual_seed(_SEED)
             try:
                 return _tensors(model(**inputs))

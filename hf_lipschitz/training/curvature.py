@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from hf_lipschitz.nn.attachment import constrained_layers
+from hf_lipschitz.nn.modes import evaluating
 
 
 Curvature = Callable[[Tensor, Sequence[Tensor], torch.Generator], Tensor]
@@ -94,19 +94,6 @@ def curvature_penalty(
         _fill_cache(model)
         weights = [layer.weight for layer in layers]
         return CURVATURES[curvature](task_loss(), weights, generator)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode by the flags alone: `model.eval()` would refresh the norms of constrained layers."""
-    trained = [module for module in model.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
 
 
 def _fill_cache(model: nn.Module) -> None:

@@ -111,9 +111,7 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
 
     def _start(self, model: nn.Module) -> None:
         layers = list(constrained_layers(model))
-        self.starts = {
-            _key(layer): _start_of(layer, self.target * lipschitz_share(layer.module)) for layer in layers
-        }
+        self.starts = {_key(layer): _start_of(layer, self.target * lipschitz_share(layer.module)) for layer in layers}
         moved = [layer.name for layer in layers if layer.parametrization.scale() != 1]
         if moved:
             logger.warning(

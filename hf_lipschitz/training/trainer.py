@@ -135,7 +135,8 @@ class LipschitzTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         prefixes = tuple(
-            f"{layer.name}.parametrizations.{layer.tensor_name}.".removeprefix(".") for layer in constrained_layers(model)
+            f"{layer.name}.parametrizations.{layer.tensor_name}.".removeprefix(".")
+            for layer in constrained_layers(model)
         )
         return [name for name in super().get_decay_parameter_names(model) if not name.startswith(prefixes)]
 

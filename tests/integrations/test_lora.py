@@ -87,6 +87,30 @@ def test_norms_stay_inside_through_training_reload_and_merge(family: str, tmp_pa
     assert torch.equal(logits(type(merged).from_pretrained(tmp_path / "merged")), logits(merged))
 
 
+@pytest.mark.parametrize("mode", ["cap", "exact"])
+@pytest.mark.parametrize("method", ["rescaling", "aol", "sll", "cpl"])
+def test_every_method_keeps_its_adapters_inside(method: str, mode: str, tmp_path: Path) -> None:
+    base = constrained("bert", method=method, mode=mode)
+    base.save_pretrained(tmp_path / "base")
+    before = logits(base)
+    model = adapted("bert", base)
+    assert torch.equal(logits(model), before)
+    for _ in range(5):
+        steps(model, 10)
+        assert all(norm(raw_sum(layer, "default")) > 2 for layer in adapted_layers(model))
+        assert all(norm(matrix(layer)) <= 1 + 1e-6 for layer in adapted_layers(model))
+    model.save_pretrained(tmp_path / "adapter")
+    trained = logits(model)
+    assert not torch.allclose(trained, before, atol=1e-3)
+    reloaded = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded), trained)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), trained, rtol=0, atol=1e-6)
+    assert all(norm(layer.effective_weight) <= 1 + 1e-6 for layer in constrained_layers(merged))
+    with pytest.raises(ValueError, match="carries PEFT adapters"):
+        lipschitzify(adapted("bert", merged))
+
+
 def test_merged_model_trains_inside_the_ball() -> None:
     model = adapted()
     shake(model)

@@ -49,9 +49,7 @@ def exact_centred_norm(gain: Tensor) -> float:
 
 
 @given(
-    st.lists(
-        st.one_of(st.floats(-3, 3), st.sampled_from([0.0, 1.0, -1.0, 1e-20, 1e20, 2.5])), min_size=1, max_size=12
-    )
+    st.lists(st.one_of(st.floats(-3, 3), st.sampled_from([0.0, 1.0, -1.0, 1e-20, 1e20, 2.5])), min_size=1, max_size=12)
 )
 def test_gain_after_centring_is_exact(values: list[float]) -> None:
     gain = torch.tensor(values, dtype=torch.float64)

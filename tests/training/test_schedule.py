@@ -158,7 +158,9 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, restore_callbacks):
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
     starts = saved["LipschitzScheduleCallback"]["attributes"]["starts"]
     callback = LipschitzScheduleCallback(0.5, 0.75)
-    assert constants == {n.removesuffix(".weight"): callback.constant(s, callback.target, 5, 12) for n, s in starts.items()}
+    assert constants == {
+        n.removesuffix(".weight"): callback.constant(s, callback.target, 5, 12) for n, s in starts.items()
+    }
     assert min(constants.values()) > 0.5
     assert restored.config.quantization_config.layer_lipschitz is None
     final = type(bert()).from_pretrained(tmp_path / "run" / "checkpoint-12")
