@@ -85,7 +85,7 @@ class LipschitzLoader(HfQuantizer):
         self._new_layers = [name for name in able if name in meant and name not in stored]
         _empty(model, stored)
         apply_config(model, config, stored)
-        mark_replaced(model, config.replaced)
+        mark_replaced(model, self._replaced)
         # So that transformers initialises the raw weight of a head whose size changed, through `module.weight`.
         for layer in constrained_layers(model):
             layer.parametrization.is_suspended = True
@@ -106,8 +106,8 @@ class LipschitzLoader(HfQuantizer):
             missing = {
                 "raw weight": not (is_raw_loaded or in_checkpoint),
                 "constant": not _is_loaded(constraint.lipschitz),
+                "other tensor": is_raw_loaded and not all(map(_is_loaded, own)),
             }
-            missing["other tensor"] = is_raw_loaded and not all(map(_is_loaded, own))
             for what, is_missing in missing.items():
                 if is_missing:
                     raise ValueError(
@@ -121,7 +121,7 @@ class LipschitzLoader(HfQuantizer):
                 _start_anew(constraint)
                 constraint.keep_or_set_constant(layer_constant(layer.module, config))
         apply_config(model, config, self._new_layers)
-        mark_replaced(model, config.replaced)
+        mark_replaced(model, self._replaced)
         names = tuple(dict.fromkeys(layer.name for layer in constrained_layers(model)))
         found = dataclasses.replace(config, layers=names or None, replaced=self._replaced)
         set_config(model, found if names or self._replaced else None)
