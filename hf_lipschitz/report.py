@@ -61,6 +61,7 @@ class LayerReport:
     lipschitz: float | None
     norm_before: float
     norm_after: float
+    is_in_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class LipschitzReport:
         layers (`tuple[LayerReport]`):
             The linear maps with bounds of their norms: `norm_before` of the raw weight, `norm_after` of the effective
             one, `lipschitz` the constant, `None` where the layer is not constrained. Of several matrices in one
-            tensor it is the largest norm.
+            tensor it is the largest norm. Layers `is_in_block` need no constant: their block is 1-Lipschitz.
         replacements (`tuple[Replacement]`):
             Norms, attention, activations, feed-forward pairs and residual branches that were replaced.
         uncovered (`tuple[UncoveredModule]`):
@@ -153,6 +154,8 @@ def inspect(model: nn.Module, *, rtol: float = 1e-3) -> LipschitzReport:
     constrained: dict[str, list[ConstrainedLayer]] = defaultdict(list)
     for layer in constrained_layers(model):
         constrained[layer.name].append(layer)
+    config = config_of(model)
+    in_blocks = block_layers(model, () if config is None else config.replaced.get(BLOCKS, ()))
     obstacles = layer_obstacles(model)
     modules = dict(model.named_modules())
     layers: list[LayerReport] = []
@@ -160,14 +163,14 @@ def inspect(model: nn.Module, *, rtol: float = 1e-3) -> LipschitzReport:
         if name in constrained:
             layers += [_constrained_row(layer, rtol) for layer in constrained[name]]
         elif name in obstacles and obstacles[name] is None:
-            layers += [_free_row(name, module, *item, rtol) for item in weight_layouts(module).items()]
-    config = config_of(model)
+            is_in_block = name in in_blocks
+            layers += [_free_row(name, module, *item, is_in_block, rtol) for item in weight_layouts(module).items()]
     replacements = _replacements(model, config)
     return LipschitzReport(
         model=type(model).__name__,
         config=config,
         layers=tuple(layers),
-        uncovered=tuple(_uncovered(model, modules, set(constrained), obstacles, config)),
+        uncovered=tuple(_uncovered(modules, set(constrained), obstacles, in_blocks)),
         replacements=tuple(replacements),
     )
 
@@ -184,10 +187,13 @@ def _constrained_row(layer: ConstrainedLayer, rtol: float) -> LayerReport:
     return LayerReport(name, _plain_name(layer.module), tuple(raw.shape), constant, before, after)
 
 
-def _free_row(name: str, module: nn.Module, tensor_name: str, layout: WeightLayout, rtol: float) -> LayerReport:
+def _free_row(
+    name: str, module: nn.Module, tensor_name: str, layout: WeightLayout, is_in_block: bool, rtol: float
+) -> LayerReport:
     weight = getattr(module, tensor_name).detach()
     norm = _norm(weight, layout, rtol, name)
-    return LayerReport(_row_name(name, tensor_name), _plain_name(module), tuple(weight.shape), None, norm, norm)
+    row_name, shape = _row_name(name, tensor_name), tuple(weight.shape)
+    return LayerReport(row_name, _plain_name(module), shape, None, norm, norm, is_in_block)
 
 
 def _row_name(name: str, tensor_name: str) -> str:
@@ -233,15 +239,12 @@ def _norm(weight: Tensor, layout: WeightLayout, rtol: float, name: str) -> float
 
 
 def _uncovered(
-    model: nn.Module,
     modules: dict[str, nn.Module],
     constrained: set[str],
     obstacles: dict[str, str | None],
-    config: LipschitzConfig | None,
+    in_blocks: tuple[str, ...],
 ) -> list[UncoveredModule]:
     found = []
-    replaced = {} if config is None else config.replaced
-    in_blocks = set(block_layers(model, replaced.get(BLOCKS, ())))
     covered = {name for name, module in modules.items() if isinstance(module, COVERED)}
     for name, module in modules.items():
         kind = _plain_name(module)
@@ -282,13 +285,17 @@ def _plain_name(module: nn.Module) -> str:
 
 def _layer_table(report: LipschitzReport) -> Table:
     constrained = sum(layer.lipschitz is not None for layer in report.layers)
-    table = Table(title=f"{report.model}: {constrained} of {len(report.layers)} weight layers constrained, one by one")
+    in_blocks = sum(layer.is_in_block for layer in report.layers)
+    others = f", {in_blocks} in blocks" if in_blocks else ""
+    title = f"{report.model}: {constrained} of {len(report.layers)} weight layers constrained, one by one{others}"
+    table = Table(title=title)
     table.add_column("layer", overflow="fold")
     table.add_column("type", no_wrap=True)
     for heading in ("weight", "norm before", "norm after", "constant"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in report.layers:
-        constant = "not constrained" if layer.lipschitz is None else rounded_up(layer.lipschitz)
+        free = "in a block" if layer.is_in_block else "not constrained"
+        constant = free if layer.lipschitz is None else rounded_up(layer.lipschitz)
         moved = layer.norm_after != layer.norm_before
         table.add_row(
             layer.name or "(the model)",
@@ -305,11 +312,18 @@ def _replacement_table(report: LipschitzReport) -> Table:
     table = Table(title="Replaced")
     table.add_column("module", overflow="fold")
     table.add_column("type", no_wrap=True)
+    table.add_column("count", justify="right")
     table.add_column("constant", justify="right", no_wrap=True)
     table.add_column("what it is")
+    groups: dict[tuple[str, str, str], list[Replacement]] = defaultdict(list)
     for part in report.replacements:
-        constant = "" if part.lipschitz is None else rounded_up(part.lipschitz)
-        table.add_row(part.name or "(the model)", part.kind, constant, part.note)
+        note = part.note if part.lipschitz is None else ""
+        groups[_pattern(part.name), part.kind, note].append(part)
+    for (pattern, kind, _), parts in groups.items():
+        worst = max(parts, key=lambda part: part.lipschitz or 0.0)
+        name = parts[0].name if len(parts) == 1 else pattern
+        constant = "" if worst.lipschitz is None else rounded_up(worst.lipschitz)
+        table.add_row(name or "(the model)", kind, str(len(parts)), constant, worst.note)
     return table
 
 
@@ -321,11 +335,16 @@ def _uncovered_table(report: LipschitzReport) -> Table:
     table.add_column("why")
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for module in report.uncovered:
-        groups[re.sub(r"\b\d+\b", "*", module.name), module.kind, module.reason].append(module.name)
+        groups[_pattern(module.name), module.kind, module.reason].append(module.name)
     for (pattern, kind, reason), names in groups.items():
         table.add_row((names[0] if len(names) == 1 else pattern) or "(the model)", kind, str(len(names)), reason)
     table.add_row("between modules", "functional", "", "residual sums, softmax, reshapes: not seen here")
     return table
+
+
+def _pattern(name: str) -> str:
+    """The name with a star for each number, the same for all layers of a stack."""
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 def rounded_up(value: float) -> str:
