@@ -289,3 +289,17 @@ def test_half_precision_blocks_and_experts_of_different_norms_are_refused() -> N
         lipschitzify(bert().to(torch.bfloat16), method="sll", sll_blocks=True)
     with pytest.raises(ValueError, match="holds 3 matrices of different norms"):
         lipschitzify(MODELS["mixtral"](), mode="exact", layer_lipschitz=None)
+
+
+@pytest.mark.parametrize("options", [{"replace": "all"}, {"method": "sll", "sll_blocks": True}], ids=["all", "blocks"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+def test_materialized_models_export(family: str, options: dict[str, object]) -> None:
+    model = lipschitzify(MODELS[family]().eval(), **options)
+    inputs = example(model)
+    if "replace" in options:
+        calibrate(model, [dict(inputs)])
+    if family == "gpt2":
+        inputs["use_cache"] = False
+    with materialized(model) as plain, torch.no_grad():
+        exported = torch.export.export(plain, (), kwargs=inputs).module()
+        assert torch.equal(exported(**inputs).logits, plain(**inputs).logits)

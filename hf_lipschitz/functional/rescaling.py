@@ -114,7 +114,7 @@ def rescale_rows(w: Tensor, t: Tensor) -> Tensor:
     """
     if w.dim() < 2 or t.shape != w.shape[:-1]:
         raise ValueError(f"t must have one entry a row of w, shape {tuple(w.shape[:-1])}, got {tuple(t.shape)}")
-    nonzero = t > 0
+    nonzero = t != 0
     quotient = w / torch.where(nonzero, t, torch.ones_like(t))[..., None]
     return torch.where(nonzero[..., None], quotient, torch.zeros_like(quotient))
 
@@ -167,7 +167,8 @@ def rescaling_of_rows(
     Returns:
         `Tensor` of shape `(*batch, r)`, float64.
     """
-    nonzero = w.detach().abs().flatten(batch + 1).amax(-1) > 0
+    # NaN is no zero: it has to reach the result.
+    nonzero = w.detach().abs().flatten(batch + 1).amax(-1) != 0
     x, exponents, losses = w, [], []
     for _ in range(num_iterations):
         exponent = exponent_of(x.detach().abs().flatten(batch).amax(-1, keepdim=True))

@@ -52,6 +52,10 @@ class Arguments:
     rounds: int = field(default=15)
     warm_up: int = field(default=2)
     refresh_every: int = field(default=20, metadata={"help": "the longer period to compare"})
+    methods: list[str] = field(
+        default_factory=lambda: ["rescaling", "aol", "sll"], metadata={"help": "others than gram, of lipschitzify"}
+    )
+    replaced: bool = field(default=False, metadata={"help": "also with norms and attention replaced"})
     threads: int = field(default=2)
     device: str = field(default="cpu")
     memory: bool = field(default=True, metadata={"help": "also measure peak memory, in a process a variant"})
@@ -103,6 +107,15 @@ def variants(args: Arguments) -> dict[str, Callable[[nn.Module], nn.Module]]:
         ),
         "torch spectral_norm (an estimate)": with_torch_spectral_norm,
     }
+    for method in args.methods:
+        found[f"lipschitzified, {method}"] = lambda m, method=method: lipschitzify(
+            m, layer_lipschitz=None, method=method
+        )
+    if args.replaced:
+        kinds = ("weights", "norms", "attention")
+        found[f"{' + '.join(kinds)}, refresh every {args.refresh_every} steps"] = lambda m: lipschitzify(
+            m, layer_lipschitz=None, refresh_every=args.refresh_every, replace=kinds
+        )
     if bjorck_norm is not None:
         found["deel-torchlip (spectral + Björck)"] = with_torchlip
     return found
