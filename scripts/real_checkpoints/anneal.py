@@ -1,6 +1,7 @@
 """Real checkpoints held to one constant a layer: at once, or annealed from their own norms while they are fine-tuned.
 
-    python scripts/real_checkpoints/anneal.py --model minilm --output minilm.json
+    python scripts/real_checkpoints/anneal.py --model minilm --seeds 0 1 2 --output minilm.json
+    python scripts/real_checkpoints/anneal.py --model efficientnet --output efficientnet.json
 
 Every row that trains starts from the pretrained weights and a new head, and takes the same steps on the same batches;
 the settings were not chosen row by row. "norm" is the largest spectral norm of a Linear or convolution, a sound bound
@@ -15,7 +16,7 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,12 +25,12 @@ from typing import Any
 
 import datasets
 import torch
-from batch_norm import fuse, has_batch_norm, largest_norm, take_statistics_anew
+from batch_norm import has_batch_norm, largest_norm, take_statistics_anew
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 from tasks import TASKS, Task
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import HfArgumentParser, PreTrainedModel, PrinterCallback, logging, set_seed
 
 import hf_lipschitz
@@ -45,7 +46,10 @@ class Arguments:
     epochs: float | None = field(default=None, metadata={"help": "default: those of the model's task"})
     learning_rate: float | None = field(default=None, metadata={"help": "default: that of the model's task"})
     constant: float = field(default=1.0, metadata={"help": "of each layer"})
-    schedule_ratio: float = field(default=0.8, metadata={"help": "share of the steps until the constant is reached"})
+    schedule_ratios: list[float] = field(
+        default_factory=lambda: [0.4, 0.8], metadata={"help": "shares of the steps until the constant is reached"}
+    )
+    methods: list[str] = field(default_factory=lambda: ["gram"], metadata={"help": "of lipschitzify"})
     threads: int = field(default=1)
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures"})
 
@@ -79,24 +83,30 @@ class Run:
         if has_batch_norm(capped):
             take_statistics_anew(capped, self.batches(capped, processor))
             yield self.row("... and BatchNorm statistics taken anew", capped, processor, train=None)
-        yield from self.constrained("", lambda model: model)
-        if has_batch_norm(plain):
-            yield from self.constrained("BatchNorm fused, ", fuse)
+        for method in self.args.methods:
+            name = "" if method == "gram" else f"{method}: "
+            yield from self.constrained(name, {"method": method})
+            if has_batch_norm(plain):
+                options = {"method": method, "replace": ("weights", "norms")}
+                yield from self.constrained(f"{name}BatchNorm fused, ", options)
 
-    def constrained(self, prefix: str, prepare: Callable[[nn.Module], nn.Module]) -> Iterator[Row]:
+    def constrained(self, prefix: str, options: dict[str, Any]) -> Iterator[Row]:
         """Capped before the training, and annealed during it."""
-        constant, period = self.args.constant, self.task.refresh_every
+        constant = self.args.constant
+        options = {"refresh_every": self.task.refresh_every, **options}
         model, processor = self.fresh()
-        lipschitzify(prepare(model), layer_lipschitz=constant, refresh_every=period)
+        lipschitzify(model, layer_lipschitz=constant, **options)
         yield self.row(f"{prefix}capped at {constant:g}, then fine-tuned", model, processor, train={})
-        model, processor = self.fresh()
-        lipschitzify(prepare(model), layer_lipschitz=None, refresh_every=period)
-        schedule = {
-            "lipschitz_schedule": "linear",
-            "lipschitz_target": constant,
-            "lipschitz_schedule_ratio": self.args.schedule_ratio,
-        }
-        yield self.row(f"{prefix}fine-tuned, annealed to {constant:g}", model, processor, train=schedule)
+        for ratio in self.args.schedule_ratios:
+            model, processor = self.fresh()
+            lipschitzify(model, layer_lipschitz=None, **options)
+            schedule = {
+                "lipschitz_schedule": "linear",
+                "lipschitz_target": constant,
+                "lipschitz_schedule_ratio": ratio,
+            }
+            name = f"{prefix}fine-tuned, annealed to {constant:g} in {ratio:.0%} of the steps"
+            yield self.row(name, model, processor, train=schedule)
 
     def fresh(self) -> tuple[PreTrainedModel, Any]:
         set_seed(self.seed)

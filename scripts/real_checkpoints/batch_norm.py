@@ -6,12 +6,10 @@ import copy
 from collections.abc import Iterable, Iterator
 
 import torch
-from efficientnet_lite0 import ConvNorm
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import hf_lipschitz
-from hf_lipschitz.conversion import materialized
+from hf_lipschitz import lipschitzify, materialized
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -19,28 +17,13 @@ def has_batch_norm(model: nn.Module) -> bool:
     return next(_batch_norms(model), None) is not None
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    r"""Puts each BatchNorm into its convolution, in place: weight \\(\mathrm{diag}(\gamma/\sqrt{v + \epsilon}) W\\).
-
-    In evaluation the model computes what it did, and the norm of a convolution is then that of convolution and
-    BatchNorm together. Training goes on without a BatchNorm.
-
-    Raises:
-        ValueError: the model is in training mode, where a BatchNorm depends on the batch.
-    """
-    if model.training:
-        raise ValueError("a BatchNorm can be fused in evaluation mode only: call model.eval() first")
-    for block in [module for module in model.modules() if isinstance(module, ConvNorm)]:
-        if isinstance(block.norm, nn.BatchNorm2d):
-            block.conv, block.norm = fuse_conv_bn_eval(block.conv, block.norm), nn.Identity()
-    return model
-
-
 def largest_norm(model: nn.Module) -> float:
     """The largest norm of a Linear or convolution, each with the BatchNorm behind it: a sound bound, in evaluation."""
     with materialized(model) as plain:
         plain = copy.deepcopy(plain)
-    return max(layer.norm_after for layer in hf_lipschitz.inspect(fuse(plain.eval())).layers)
+    if has_batch_norm(plain):
+        lipschitzify(plain.eval(), layer_lipschitz=None, replace=("weights", "norms"), strict=True)
+    return max(layer.norm_before for layer in hf_lipschitz.inspect(plain).layers)
 
 
 @torch.no_grad()

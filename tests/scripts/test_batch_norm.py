@@ -1,4 +1,4 @@
-"""The fusion and the statistics of scripts/real_checkpoints/batch_norm.py."""
+"""The norms and the statistics of scripts/real_checkpoints/batch_norm.py."""
 
 import batch_norm
 import pytest
@@ -24,19 +24,6 @@ def model() -> EfficientNetLiteForImageClassification:
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.1, 3)
     return model.eval()
-
-
-@torch.no_grad()
-def test_fused_model_computes_the_same(model: EfficientNetLiteForImageClassification) -> None:
-    pixels = torch.randn(2, 3, 16, 16)
-    before = model(pixels).logits
-    torch.testing.assert_close(batch_norm.fuse(model)(pixels).logits, before, atol=1e-5, rtol=1e-4)
-    assert not batch_norm.has_batch_norm(model)
-
-
-def test_fuse_refuses_training_mode(model: EfficientNetLiteForImageClassification) -> None:
-    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        batch_norm.fuse(model.train())
 
 
 def test_largest_norm_is_that_of_convolution_and_batch_norm(model: EfficientNetLiteForImageClassification) -> None:
