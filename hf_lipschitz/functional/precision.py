@@ -28,3 +28,10 @@ def full_precision(device_type: str) -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def float32_below(value: float) -> float:
+    """The largest float32 number that is at most `value`."""
+    # On the CPU, for modules are made on the meta device as well.
+    rounded = torch.tensor(value, dtype=torch.float32, device="cpu")
+    return (torch.nextafter(rounded, torch.zeros_like(rounded)) if rounded.item() > value else rounded).item()

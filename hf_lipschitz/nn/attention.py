@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hf_lipschitz.functional.precision import float32_below
+
 
 # Squares of norms about this large are normal float32 numbers.
 SMALLEST_RADIUS = 1e-12
@@ -99,7 +101,7 @@ class BallRadii(nn.Module):
             if radius is None:
                 continue
             _check_radius(name, radius)
-            self.radii[index] = _float32_below(radius)
+            self.radii[index] = float32_below(radius)
 
     def check(self) -> None:
         """Raises a ValueError where the radii, which may come from a file, are not radii."""
@@ -183,12 +185,6 @@ def _ceiling_of_norms(x: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     largest = norms.amax() if norms.numel() else norms.new_zeros(())
     return (largest + least) / (1 - 2 * loss)
-
-
-def _float32_below(value: float) -> float:
-    # On the CPU, for modules are made on the meta device as well.
-    rounded = torch.tensor(value, dtype=torch.float32, device="cpu")
-    return (torch.nextafter(rounded, torch.zeros_like(rounded)) if rounded.item() > value else rounded).item()
 
 
 def _check_radius(name: str, radius: float) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from hf_lipschitz.functional.precision import float32_below
 from hf_lipschitz.nn.gains import INFLATION, affine, centred_norm, gain_of, largest_gain, rounded_up
 
 
@@ -22,7 +23,7 @@ class _Floor(nn.Module):
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps must be positive and finite, got {self.eps}: without it the norm divides by zero")
         self._least: Tensor | None = None
-        start = torch.tensor(_float32_below(math.sqrt(self.eps)), dtype=torch.float64, device=device)
+        start = torch.tensor(float32_below(math.sqrt(self.eps)), dtype=torch.float64, device=device)
         self.register_buffer("s_min", start)
 
     def set_floor(self, value: float) -> None:
@@ -33,7 +34,7 @@ class _Floor(nn.Module):
         """
         if not 0 < value < math.inf:
             raise ValueError(f"the floor s_min must be positive and finite, got {value}")
-        self.s_min.fill_(_float32_below(value))
+        self.s_min.fill_(float32_below(value))
 
     def check(self) -> None:
         """Raises a ValueError where `s_min`, which may come from a file, is not positive and finite."""
@@ -345,9 +346,3 @@ def _wide(x: Tensor) -> Tensor:
 def _centred(x: Tensor, axes: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
     centred = x - x.mean(axes, keepdim=True)
     return centred, (centred.square().mean(axes, keepdim=True) + eps).sqrt()
-
-
-def _float32_below(value: float) -> float:
-    # On the CPU, for modules are made on the meta device as well.
-    rounded = torch.tensor(value, dtype=torch.float32, device="cpu")
-    return (torch.nextafter(rounded, torch.zeros_like(rounded)) if rounded.item() > value else rounded).item()
