@@ -39,6 +39,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"BatchNorm", "gain |weight|/sqrt(running_var + eps), not limited"),
     (r"RMSNorm", "gain up to max|weight|/sqrt(eps)"),
     (r"LayerNorm|GroupNorm|InstanceNorm|Norm$|Norm\dd$", "gain up to max|weight|/sqrt(eps), 10^6 at eps = 1e-12"),
+    (r"Rotary", "rotates queries and keys, which keeps their norms"),
     (r"Embedding", "looks up tokens or positions; certify from the embeddings on"),
     (r"GELU|SiLU|Swish|Mish", "slope above 1 (at most 1.13), not limited"),
     (r"Tanh|ReLU|LeakyReLU|Sigmoid|Softplus|Hardtanh", "slope at most 1, but not part of any layer's bound"),

@@ -228,3 +228,39 @@ def test_public_names() -> None:
     assert set(hf_lipschitz.__all__) >= {"lipschitzify", "merge", "materialized", "LipschitzConfig", "register_method"}
     assert "inspect" not in hf_lipschitz.__all__
     assert callable(hf_lipschitz.inspect)
+
+
+def test_quantized_models_are_refused() -> None:
+    model = bert()
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(ValueError, match="the model is quantized; dequantize it first"):
+        lipschitzify(model)
+
+
+def test_weights_that_are_no_float_are_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
+    assert names(lipschitzify(model)) == {"1"}
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="no layer that can be constrained"):
+        lipschitzify(model)
+
+
+def test_a_weight_shared_with_a_part_that_is_kept_is_named() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(6, 4), "head": nn.Linear(4, 6), "other": nn.Linear(4, 4)})
+    model["head"].weight = model["table"].weight
+    with pytest.raises(ValueError, match="strict=True, and head: tied weight"):
+        lipschitzify(model, strict=True)
+    assert names(lipschitzify(model)) == {"other"}
+
+
+def test_what_other_parametrizations_share_with_us_is_checked_by_tensor() -> None:
+    attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+    model = lipschitzify(nn.Sequential(attention), layer_lipschitz=0.1)
+    found = {layer.full_name for layer in constrained_layers(model)}
+    assert found == {f"0.{name}" for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")}
+    query, key, value = torch.randn(3, 1, 8), torch.randn(5, 1, 6), torch.randn(5, 1, 4)
+    expected = attention(query, key, value)[0]
+    plain = merge(model)[0]
+    assert torch.equal(plain(query, key, value)[0], expected)
