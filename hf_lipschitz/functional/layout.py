@@ -83,10 +83,7 @@ class WeightLayout(NamedTuple):
 
     def frobenius_ceilings(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """[`frobenius_ceiling`] of each map: 0-dim, or of shape (count,)."""
-        if self.count is None:
-            return frobenius_ceiling(weight, dtype)
-        rows = weight.reshape(self.count, -1, weight.shape[-1])
-        return torch.stack([frobenius_ceiling(matrix, dtype) for matrix in rows])
+        return frobenius_ceiling(self.matrices(weight), dtype, batch=0 if self.count is None else 1)
 
     def _is_on_rows(self, side: Side) -> bool:
         return self.is_transposed == (side == "input")

@@ -76,16 +76,17 @@ def allowance_of(x: Tensor) -> float:
     return FLOAT64_ALLOWANCE if is_double(x) else FLOAT32_ALLOWANCE
 
 
-def frobenius_ceiling(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An upper bound of ‖x‖_F of a real x, float64 and 0-dim, that is 0 where x is 0.
+def frobenius_ceiling(x: Tensor, dtype: torch.dtype, batch: int = 0) -> Tensor:
+    """An upper bound of ‖x‖_F of a real x, float64, that is 0 where x is 0; of each entry of the first `batch` axes.
 
     Rows are summed in `dtype`, float32 or float64, or in that of x if it is wider; n of their terms lose less than nu
     of the sum. Squares that leave the range of `dtype` are the caller's business.
     """
     dtype = torch.promote_types(x.dtype, dtype)
-    rows = torch.linalg.vector_norm(x.reshape(1, -1) if x.dim() < 2 else x.flatten(1), dim=-1, dtype=dtype)
+    one_row = x.dim() < batch + 2
+    rows = torch.linalg.vector_norm(x[..., None, :] if one_row else x.flatten(batch + 1), dim=-1, dtype=dtype)
     length = x.numel() // max(1, rows.numel())
-    return torch.linalg.vector_norm(rows, dtype=torch.float64) * (1 + (length + 16) * torch.finfo(dtype).eps)
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64) * (1 + (length + 16) * torch.finfo(dtype).eps)
 
 
 def gram_loss(g: Tensor, m: int) -> Tensor:
