@@ -184,6 +184,9 @@ class FloorStdRMSNorm(_Floor):
             Added to `weight`: 1 where a model stores γ - 1, as Gemma does.
         gain_in_float32 (`bool`, *optional*, defaults to `False`):
             Whether half precision is left for float32 until γ has been applied (Gemma), or before (Llama, T5).
+        follows_weight (`bool`, *optional*, defaults to `False`):
+            Whether the result has the dtype of a γ in half precision (T5, of which parts stay in float32), or that of
+            the input.
 
     Raises:
         ValueError: `eps` is not positive.
@@ -196,10 +199,12 @@ class FloorStdRMSNorm(_Floor):
         *,
         offset: float = 0.0,
         gain_in_float32: bool = False,
+        follows_weight: bool = False,
     ) -> None:
         super().__init__()
         self.register_parameter("weight", weight)
         self.eps, self.offset, self.gain_in_float32 = eps, offset, gain_in_float32
+        self.follows_weight = follows_weight
         self._init_floor(None if weight is None else weight.device)
 
     @property
@@ -220,7 +225,8 @@ class FloorStdRMSNorm(_Floor):
             return normalised.to(x.dtype)
         if self.gain_in_float32:
             return (normalised * gain_of(self.weight.to(wide.dtype), self.offset)).to(x.dtype)
-        return gain_of(self.weight, self.offset) * normalised.to(x.dtype)
+        is_half = self.follows_weight and self.weight.dtype.itemsize < 4
+        return gain_of(self.weight, self.offset) * normalised.to(self.weight.dtype if is_half else x.dtype)
 
     def lipschitz(self) -> float:
         """As [`FloorStdLayerNorm.lipschitz`]."""

@@ -44,7 +44,7 @@ def bounded_norm(module: nn.Module, norm: str) -> nn.Module:
     Raises:
         ValueError: no candidate agrees; the message says in a few words why.
     """
-    # Loading runs under the meta device, and what is compared here needs data.
+    # Loading runs under the meta device and the dtype of the checkpoint; what is compared here needs data, in float32.
     with torch.device("cpu"):
         maker = _maker(module, norm)
     replacement = maker(module._parameters.get("weight"), module._parameters.get("bias"))
@@ -93,9 +93,9 @@ def _candidates(module: nn.Module, eps: float) -> Iterator[tuple[Maker, Maker | 
                 )
     if module._parameters.get("bias") is None and (shape is None or len(shape) == 1):
         for offset in _OFFSETS[: 1 if weight is None else 2]:
-            for wide in (False, True):
+            for wide, follows_weight in ((False, False), (False, True), (True, False)):
                 centred = None if shape is None else partial(_centred_norm, shape, -1, offset, False)
-                yield partial(_rms_norm, eps, offset, wide), centred
+                yield partial(_rms_norm, eps, offset, wide, follows_weight), centred
 
 
 def _layer_norm(
@@ -104,8 +104,10 @@ def _layer_norm(
     return FloorStdLayerNorm(shape, eps, weight=w, bias=b, axis=axis, offset=offset)
 
 
-def _rms_norm(eps: float, offset: float, wide: bool, w: nn.Parameter | None, b: nn.Parameter | None) -> nn.Module:
-    return FloorStdRMSNorm(w, eps, offset=offset, gain_in_float32=wide)
+def _rms_norm(
+    eps: float, offset: float, wide: bool, follows_weight: bool, w: nn.Parameter | None, b: nn.Parameter | None
+) -> nn.Module:
+    return FloorStdRMSNorm(w, eps, offset=offset, gain_in_float32=wide, follows_weight=follows_weight)
 
 
 def _centred_norm(
@@ -126,7 +128,7 @@ def _with_random_parameters(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) + 0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) + 0.5)
     return twin
 
 
@@ -142,8 +144,8 @@ def _probes(module: nn.Module) -> Iterator[Tensor]:
         layouts += [(4, *shape, sizes[0]), (4, *shape, sizes[0], sizes[1])]
     generator = torch.Generator().manual_seed(1)
     for layout in layouts:
-        scale = torch.tensor([10.0, 1.0, 1e-2, 1e-5]).reshape(-1, *[1] * (len(layout) - 1))
-        yield scale * (torch.randn(layout, generator=generator) + 0.3)
+        scale = torch.tensor([10.0, 1.0, 1e-2, 1e-5], dtype=torch.float32).reshape(-1, *[1] * (len(layout) - 1))
+        yield scale * (torch.randn(layout, generator=generator, dtype=torch.float32) + 0.3)
 
 
 @torch.no_grad()
@@ -169,10 +171,13 @@ def _difference_in_bfloat16(original: nn.Module, maker: Maker) -> float:
     replacement = maker(half._parameters.get("weight"), half._parameters.get("bias"))
     worst = 0.0
     for x in _probes(original):
-        x = x.to(torch.bfloat16)
-        expected, got = _run(half, x), _run(replacement, x)
-        if expected is not None and got is not None:
-            worst = max(worst, (expected.float() - got.float()).abs().max().item())
+        # Next to parts in float32 as well, where the dtype of the result is what differs.
+        for given in (x.to(torch.bfloat16), x):
+            expected, got = _run(half, given), _run(replacement, given)
+            if expected is not None and got is not None:
+                if expected.dtype != got.dtype:
+                    return torch.inf
+                worst = max(worst, (expected.float() - got.float()).abs().max().item())
     return worst
 
 
