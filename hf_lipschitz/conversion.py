@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from hf_lipschitz.blocks import block_layers, has_blocks
 from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.functional.checks import check_named_weight
-from hf_lipschitz.holders import weight_layouts
+from hf_lipschitz.holders import uses_weight_otherwise, weight_layouts
 from hf_lipschitz.matching import matching_names
 from hf_lipschitz.methods import METHODS
 from hf_lipschitz.model_config import config_of, set_config
@@ -74,6 +74,7 @@ def lipschitzify(model: nn.Module, config: LipschitzConfig | None = None, **over
     names = targets(model, config, except_for=block_layers(model, replaced.get(BLOCKS, ())))
     for name in names:
         _check_weights(name, model.get_submodule(name))
+    _check_that_plain_models_refuse(model, names, replaced)
     apply_replacements(model, config, replaced)
     apply_config(model, config, names)
     mark_replaced(model, replaced)
@@ -149,6 +150,8 @@ def layer_obstacles(model: nn.Module) -> dict[str, str | None]:
             continue
         layouts = _layouts(module)
         reasons = [obstacle(name, module, tensor_name) for tensor_name in layouts]
+        if uses_weight_otherwise(module):
+            reasons = [f"{type(module).__name__} has a forward of its own, which may not use the weight as it is"]
         if layouts:
             found[name] = next((reason for reason in reasons if reason is not None), None)
     return found
@@ -236,15 +239,27 @@ def _is_done(model: Any, config: LipschitzConfig) -> bool:
         TypeError, ValueError: it cannot be constrained at all.
     """
     _check_model(model, config)
+    # A model may have been made from the configuration of one that is lipschitzified.
+    if next(constrained_layers(model), None) is None:
+        return False
     present = config_of(model)
-    if present is not None and present.asks_like(config):
-        return True
-    if present is not None or next(constrained_layers(model), None) is not None:
+    if present is None or not present.asks_like(config):
         raise ValueError(
             "the model is lipschitzified already, with another configuration; call merge(model) first to constrain it "
             "anew"
         )
-    return False
+    return True
+
+
+def _check_that_plain_models_refuse(model: nn.Module, names: list[str], replaced: Replaced) -> None:
+    """The tensors that make a plain model refuse the file have to be among those that it reads."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    inside = [entry for entries in replaced.values() for entry in entries if entry.startswith(prefix)]
+    if inside and not any(name.startswith(prefix) for name in names):
+        raise ValueError(
+            f"{inside[0]} would be replaced, and no layer of {prefix[:-1]} is constrained: a plain model would load "
+            "the saved weights and compute something else. Target at least one layer there"
+        )
 
 
 def _check_weights(name: str, module: nn.Module) -> None:

@@ -6,6 +6,7 @@ import inspect
 
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.models.funnel.modeling_funnel import FunnelRelMultiheadAttention
 from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +17,8 @@ from hf_lipschitz.functional.layout import WeightLayout
 DENSE = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+# Of transformers: their own forward uses the weight as it is stored, on inputs with zeros around them or in parts.
+_KNOWN_FORWARDS = ("FalconLinear", "IdeficsDecoupledLinear", "DeepseekV4GroupedLinear", "Conv2dSamePadding")
 _QUERIES_KEYS_VALUES = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -23,8 +26,9 @@ def weight_layouts(module: nn.Module) -> dict[str, WeightLayout]:
     """The tensors of a module that it uses as linear maps, and how; empty for a module that has none of its own.
 
     `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d` and `nn.ConvTranspose1d/2d/3d`, the projections inside
-    `nn.MultiheadAttention`, the stacked experts of mixtures and the weights of their routers, and the projections of
-    XLNet. Depends on the structure alone, so that it is the same on the meta device and for a parametrized module.
+    `nn.MultiheadAttention`, the stacked experts of mixtures and the weights of their routers, and the tensors that
+    XLNet and Funnel use in einsums. Depends on the structure alone, so that it is the same on the meta device and for
+    a parametrized module.
     """
     if isinstance(module, CONVOLUTIONS):
         return {"weight": WeightLayout(_geometry(module))}
@@ -37,6 +41,8 @@ def weight_layouts(module: nn.Module) -> dict[str, WeightLayout]:
     if isinstance(module, XLNetRelativeAttention):
         # Stored as (d_model, heads, d_head), of which d_model is the input but for o.
         return {name: WeightLayout(is_transposed=name != "o") for name in ("q", "k", "v", "o", "r")}
+    if isinstance(module, FunnelRelMultiheadAttention):
+        return {"r_kernel": WeightLayout(is_transposed=True)}
     if _is_experts(module):
         is_transposed = bool(getattr(module, "is_transposed", False))
         return {
@@ -47,6 +53,26 @@ def weight_layouts(module: nn.Module) -> dict[str, WeightLayout]:
     if _is_linear_by_hand(module):
         return {"weight": WeightLayout()}
     return {}
+
+
+def uses_weight_otherwise(module: nn.Module) -> bool:
+    """Whether a subclass of a Linear or convolution has a forward of its own that may not use the weight as stored.
+
+    Weight standardisation (BiT) does not. One that only calls that of its base, on a padded input or before something
+    else, does.
+    """
+    kind = _plain_class(module)
+    if not issubclass(kind, DENSE + CONVOLUTIONS) or kind.__name__ in _KNOWN_FORWARDS:
+        return False
+    for parent in kind.__mro__:
+        if parent.__module__.startswith("torch.") or parent is Conv1D:
+            return False
+        for name in ("forward", "_conv_forward"):
+            if name in vars(parent):
+                code = getattr(inspect.unwrap(vars(parent)[name]), "__code__", None)
+                if code is None or "super" not in code.co_names or "weight" in code.co_names:
+                    return True
+    return False
 
 
 def _geometry(module: nn.Module) -> ConvGeometry:

@@ -254,18 +254,27 @@ def _uncovered(
             continue
         if _is_attention(module):
             balls = [child for child in module.children() if isinstance(child, BallRadii)]
+            own = _own_parameters(module)
             if not balls or not balls[0].is_finite:
-                found.append(UncoveredModule(name, kind, UNBOUNDED_ATTENTION))
+                also = f"; parameters of its own: {own}" if own else ""
+                found.append(UncoveredModule(name, kind, UNBOUNDED_ATTENTION + also))
+            elif own:
+                found.append(UncoveredModule(name, kind, f"parameters of its own: {own}"))
         elif name in constrained:
             continue
         elif name in obstacles:
             found.append(UncoveredModule(name, kind, obstacles[name] or "not constrained"))
         elif next(module.children(), None) is None:
             found.append(UncoveredModule(name, kind, _reason(kind)))
-        elif any(True for _ in module.parameters(recurse=False)):
-            own = ", ".join(key for key, _ in module.named_parameters(recurse=False))
-            found.append(UncoveredModule(name, kind, f"parameters of its own: {own}"))
+        elif _own_parameters(module):
+            found.append(UncoveredModule(name, kind, f"parameters of its own: {_own_parameters(module)}"))
     return found
+
+
+def _own_parameters(module: nn.Module) -> str:
+    """Names of those that belong to no layer and are no bias."""
+    own = [key for key, p in module.named_parameters(recurse=False) if not (p.dim() == 1 and "bias" in key)]
+    return ", ".join(own)
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import BitConfig, BitForImageClassification, FunnelConfig, FunnelForSequenceClassification
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import hf_lipschitz
 from hf_lipschitz.conversion import lipschitzify
@@ -113,3 +115,43 @@ def test_tables_and_biases_are_no_linear_maps(family: str) -> None:
     tables = ("position_bias_table", "attention_bias", "rel_embeddings", "shared", "proj_bias", "w_bias", "seg_embed")
     model = lipschitzify(MODELS[family](), layer_lipschitz=0.01)
     assert not {name for name in exact_norms(model) if name.endswith(tables)}
+
+
+def test_a_forward_that_changes_the_weight_is_an_obstacle() -> None:
+    """BiT standardises the weight of its convolutions after any constraint."""
+    config = BitConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_groups=2, num_labels=3)
+    model = BitForImageClassification(config)
+    lipschitzify(model, layer_lipschitz=0.1)
+    standardised = {n for n, m in model.named_modules() if "WeightStandardized" in type(m).__name__}
+    assert standardised
+    assert not standardised & {layer.name for layer in constrained_layers(model)}
+    reasons = {module.name: module.reason for module in hf_lipschitz.inspect(model).uncovered}
+    assert all("has a forward of its own" in reasons[name] for name in standardised)
+    with pytest.raises(ValueError, match="strict=True, and .*WeightStandardizedConv2d has a forward of its own"):
+        lipschitzify(BitForImageClassification(config), strict=True)
+
+
+def test_forwards_that_only_add_to_that_of_the_base_are_none() -> None:
+    class Padded(nn.Conv1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.pad(x, (3, 0)))
+
+    class Squared(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight.square())
+
+    model = nn.Sequential(Padded(2, 2, 3), Squared(4, 4), FalconLinear(4, 4))
+    lipschitzify(model)
+    assert {layer.name for layer in constrained_layers(model)} == {"0", "2"}
+
+
+def test_einsum_tensors_of_funnel_and_biases_beside_them() -> None:
+    sizes = {"vocab_size": 60, "block_sizes": [1, 1], "d_model": 24, "n_head": 2, "d_head": 12, "d_inner": 40}
+    model = FunnelForSequenceClassification(FunnelConfig(**sizes, num_labels=3))
+    lipschitzify(model, layer_lipschitz=0.1)
+    found = {layer.full_name: layer for layer in constrained_layers(model) if layer.tensor_name == "r_kernel"}
+    assert len(found) == 2
+    for layer in found.values():
+        assert torch.linalg.matrix_norm(layer.effective_weight.flatten(1).double(), 2) <= 0.1 * (1 + 1e-6)
+    reasons = {module.kind: module.reason for module in hf_lipschitz.inspect(model).uncovered}
+    assert "parameters of its own: r_w_bias, r_r_bias" in reasons["FunnelRelMultiheadAttention"]

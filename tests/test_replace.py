@@ -317,3 +317,22 @@ def test_materialized_models_export(family: str, options: dict[str, object]) -> 
     with materialized(model) as plain, torch.no_grad():
         exported = torch.export.export(plain, (), kwargs=inputs).module()
         assert torch.equal(exported(**inputs).logits, plain(**inputs).logits)
+
+
+def test_a_base_model_without_a_constrained_layer_is_not_replaced() -> None:
+    """A plain encoder would load the file of such a model, and compute something else."""
+    model = bert()
+    keys = set(model.state_dict())
+    with pytest.raises(ValueError, match="would be replaced, and no layer of bert is constrained"):
+        lipschitzify(model, target_modules=["classifier"], replace=("weights", "norms"), norm="centred")
+    assert set(model.state_dict()) == keys
+    lipschitzify(model, target_modules=["classifier", "query"], replace=("weights", "norms"), norm="centred")
+
+
+def test_bfloat16_norms_keep_the_memory_layout() -> None:
+    for family in ("siglip_vision", "whisper", "swin", "segformer"):
+        model = MODELS[family]().to(torch.bfloat16).eval()
+        inputs = in_the_dtype_of(model)
+        before = output(model, inputs)
+        lipschitzify(model, layer_lipschitz=None, replace=("weights", "norms"))
+        torch.testing.assert_close(output(model, inputs), before, rtol=0, atol=0, msg=lambda m, f=family: f"{f}: {m}")

@@ -35,3 +35,8 @@ def float32_below(value: float) -> float:
     # On the CPU, for modules are made on the meta device as well.
     rounded = torch.tensor(value, dtype=torch.float32, device="cpu")
     return (torch.nextafter(rounded, torch.zeros_like(rounded)) if rounded.item() > value else rounded).item()
+
+
+def subnormal_unit(dtype: torch.dtype) -> float:
+    """By how much at most an entry below the normal numbers of `dtype` is rounded, whatever its size."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2

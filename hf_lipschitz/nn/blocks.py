@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -18,8 +19,10 @@ BlockKind = Literal["sll", "cpl"]
 BLOCK_KINDS = ("sll", "cpl")
 
 
-def sll_scale(rows: Tensor, log_q: Tensor, num_iterations: int = 1, geometry: ConvGeometry | None = None) -> Tensor:
-    r"""2/T of the SLL block \(x - 2 V^T T^{-1} s(Vx + b)\), with 0 for the channels whose row of V is zero.
+def sll_root(rows: Tensor, log_q: Tensor, num_iterations: int = 1, geometry: ConvGeometry | None = None) -> Tensor:
+    r"""√(2/T) of the SLL block \(x - 2 V^T T^{-1} s(Vx + b)\), with 0 for the channels whose row of V is zero.
+
+    The root, one factor for V and one for s: 2/T itself leaves float32 where V is near 1e20.
 
     \(T_{ii} = \big(\sum_j |(VV^T)^m|_{ij}\, q_j/q_i\big)^{1/m}\), m = 2^{N-1}, the squares of the divisors of
     [`spectral_rescaling`], and those of [`conv_spectral_rescaling`] for a convolution (Araujo et al. 2023, theorem 3).
@@ -49,11 +52,11 @@ def sll_scale(rows: Tensor, log_q: Tensor, num_iterations: int = 1, geometry: Co
             t = rescaling_of_kernel(wide, geometry, num_iterations=num_iterations, q=q)
     # A t that is NaN gives NaN, never a block that is not constrained.
     is_zero = t == 0
-    return torch.where(is_zero, 0.0, 2 / torch.where(is_zero, 1.0, t).square()).to(rows.dtype)
+    return torch.where(is_zero, 0.0, math.sqrt(2) / torch.where(is_zero, 1.0, t)).to(rows.dtype)
 
 
-def cpl_scale(rows: Tensor, geometry: ConvGeometry | None = None, rtol: float = 1e-3) -> Tensor:
-    r"""2/σ² of the CPL block \(x - (2/\sigma^2) V^T s(Vx + b)\), σ ≥ σ₁(V), and 0 where V = 0 (Meunier et al. 2022).
+def cpl_root(rows: Tensor, geometry: ConvGeometry | None = None, rtol: float = 1e-3) -> Tensor:
+    r"""√2/σ of the CPL block \(x - (2/\sigma^2) V^T s(Vx + b)\), σ ≥ σ₁(V), and 0 where V = 0 (Meunier et al. 2022).
 
     σ is the upper end of a bracket, never an estimate by power iteration: one that is 5 % low makes the block
     1.22-Lipschitz.
@@ -79,14 +82,14 @@ def cpl_scale(rows: Tensor, geometry: ConvGeometry | None = None, rtol: float = 
         along = left @ (rows.reshape(left.numel(), right.numel()) @ right)
         bound = found.bound + (along - along.detach()).double()
         is_zero = bound == 0
-        return torch.where(is_zero, 0.0, 2 / torch.where(is_zero, 1.0, bound).square()).to(rows.dtype)
+        return torch.where(is_zero, 0.0, math.sqrt(2) / torch.where(is_zero, 1.0, bound)).to(rows.dtype)
 
 
 class TiedParametrization(nn.Module):
     r"""The weight of the outer layer of a residual branch, \(-2 V^T T^{-1}\) of the weight V of its inner layer.
 
-    x ↦ x + W_out s(Vx + b) + b_out is then an SLL block (\(T\) of [`sll_scale`]) or a CPL block (\(T = \sigma^2 I\) of
-    [`cpl_scale`]), and 1-Lipschitz for every elementwise s with slopes in [0, 1]: with y the change of s(Vx + b) for a
+    x ↦ x + W_out s(Vx + b) + b_out is then an SLL block (\(T\) of [`sll_root`]) or a CPL block (\(T = \sigma^2 I\) of
+    [`cpl_root`]), and 1-Lipschitz for every elementwise s with slopes in [0, 1]: with y the change of s(Vx + b) for a
     change x of the input, \(\|x - 2V^TT^{-1}y\|^2 = \|x\|^2 - 4 x^TV^TT^{-1}y + 4 y^TT^{-1}VV^TT^{-1}y \le \|x\|^2 -
     4 (Vx - y)^T T^{-1} y \le \|x\|^2\), as \(VV^T \preceq T\) and each y_i lies between 0 and (Vx)_i.
 
@@ -159,8 +162,9 @@ class TiedParametrization(nn.Module):
         rows = self.rows()
         if rows.is_meta:
             return rows if self.outer_is_transposed else rows.mT
-        scale = cpl_scale(rows) if self.kind == "cpl" else sll_scale(rows, free, self.num_iterations)
-        value = -rows * scale.reshape(-1, 1)
+        root = cpl_root(rows) if self.kind == "cpl" else sll_root(rows, free, self.num_iterations)
+        root = root.reshape(-1, 1)
+        value = -(rows * root) * root
         return value if self.outer_is_transposed else value.mT
 
     def right_inverse(self, weight: Tensor) -> Tensor:

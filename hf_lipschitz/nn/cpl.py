@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hf_lipschitz.nn.blocks import cpl_scale
+from hf_lipschitz.nn.blocks import cpl_root
 from hf_lipschitz.nn.sll import ConvBlock2d, DenseBlock
 from hf_lipschitz.nn.spectral import SpectralConv2d, SpectralLinear
 
@@ -44,8 +44,8 @@ class CPLBlock(DenseBlock):
         super().__init__(features, hidden, activation, bias)
         self.rtol = rtol
 
-    def scale(self) -> Tensor:
-        return cpl_scale(self.weight, rtol=self.rtol)
+    def root(self) -> Tensor:
+        return cpl_root(self.weight, rtol=self.rtol)
 
 
 class CPLConvBlock2d(ConvBlock2d):
@@ -79,5 +79,5 @@ class CPLConvBlock2d(ConvBlock2d):
         super().__init__(channels, hidden, kernel_size, activation, padding, dilation, padding_mode, bias)
         self.rtol = rtol
 
-    def scale(self) -> Tensor:
-        return cpl_scale(self.weight, self.geometry, self.rtol)
+    def root(self) -> Tensor:
+        return cpl_root(self.weight, self.geometry, self.rtol)

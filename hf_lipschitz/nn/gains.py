@@ -75,8 +75,11 @@ def largest_gain(weight: Tensor | None, offset: float) -> float:
 
 
 def _exact_gain(weight: Tensor, offset: float) -> Tensor:
-    """The gain as the forward pass adds it up."""
-    return gain_of(weight.detach(), offset).double()
+    """The largest of the gains that a forward pass may add up, in the dtype of the weight, in float32 or wider."""
+    weight = weight.detach()
+    sums = torch.stack([gain_of(weight.to(dtype), offset).double() for dtype in (weight.dtype, torch.float32)])
+    sums = torch.cat([sums, gain_of(weight.double(), offset)[None]])
+    return sums.gather(0, sums.abs().argmax(0, keepdim=True)).squeeze(0)
 
 
 def rounded_up(value: float) -> float:

@@ -151,7 +151,8 @@ class FloorStdLayerNorm(_Floor, nn.LayerNorm):
             return usual
         floor = self._floor_of(s)
         floored = affine(centred / floor, gain, self.bias)
-        return torch.where(s < floor, floored.to(usual.dtype), usual)
+        # In the memory layout of layer norm, so that what follows rounds alike.
+        return torch.where(s < floor, floored.to(usual.dtype), usual).contiguous()
 
     def lipschitz(self) -> float:
         """The Lipschitz constant at the present γ and `s_min`: a **sound bound** of the function in exact arithmetic,
@@ -171,7 +172,7 @@ class FloorStdRMSNorm(_Floor):
 
     Its Lipschitz constant is \(\max|\gamma| / \max(s_{\min}, \sqrt\varepsilon)\), by the proof of
     [`FloorStdLayerNorm`] with x in the place of u and I in that of P. The arithmetic is that of the RMS norms of
-    transformers, in float32 or wider, with the reciprocal of s clamped: where s ≥ s_min it is bit-equal to them.
+    transformers, in float32 or wider, with a floor under s: where s ≥ s_min it is bit-equal to them.
 
     `s_min` is as in [`FloorStdLayerNorm`].
 
@@ -219,7 +220,8 @@ class FloorStdRMSNorm(_Floor):
         if self._least is not None:
             self._observe(square.sqrt())
         else:
-            reciprocal = torch.minimum(reciprocal, 1 / self._floor_of(square))
+            floor = self._floor_of(square)
+            reciprocal = torch.where(square.sqrt() < floor, 1 / floor, reciprocal)
         normalised = wide * reciprocal
         if self.weight is None:
             return normalised.to(x.dtype)

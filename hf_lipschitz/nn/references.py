@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.functional.layout import WeightLayout
+from hf_lipschitz.functional.precision import subnormal_unit
 from hf_lipschitz.functional.weights import NormAndDirection, norms_and_directions, operator_to_frobenius
 
 
@@ -147,13 +148,9 @@ def constrain(
             along = (left.unsqueeze(-2) @ (matrices @ small.unsqueeze(-1))).reshape(-1)
         bound = bound + (along - along.detach()).double() * 2.0**20
         # Entries below the normal numbers are rounded by up to this much, whatever their size.
-        lost = operator_factor * _subnormal_unit(weight.dtype) * weight.numel() ** 0.5
+        lost = operator_factor * subnormal_unit(weight.dtype) * weight.numel() ** 0.5
         # The clone keeps autograd from saving the buffer itself, which data parallelism overwrites between forwards.
         scale = (constant.clone() - lost).clamp_min(0) / torch.where(bound == 0, torch.ones_like(bound), bound)
         if not exact:
             scale = torch.where(bound <= constant, torch.ones_like(scale), scale.clamp(max=1.0))
         return (matrices * scale[..., None, None]).reshape(weight.shape).to(weight.dtype)
-
-
-def _subnormal_unit(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.functional.layout import WeightLayout
+from hf_lipschitz.functional.precision import subnormal_unit
 from hf_lipschitz.functional.rescaling import check_num_iterations
 from hf_lipschitz.functional.rescaling_conv import MAX_ITERATIONS, Side
 from hf_lipschitz.functional.weights import operator_to_frobenius
@@ -25,7 +27,8 @@ class RescalingParametrization(Constraint):
     t is that of [`spectral_rescaling`] or [`conv_spectral_rescaling`] for the channels of one side, computed at each
     read in float64. With diag(t)⁻¹W the value without `exact` is c times a contraction, as max(1, t/c) is at least
     t/c. Rounding to the dtype of W is an error of norm at most f u‖W‖_F, f of [`operator_to_frobenius`] and u the unit
-    roundoff, by which a value that differs from W is made smaller: a **sound bound** in every dtype.
+    roundoff, and of f√n times half the least subnormal number for n entries, by which a value that differs from W is
+    made smaller: a **sound bound** in every dtype.
 
     `side="input"` with learned weights q is the linear map of SLL, \(W T^{-1/2}\) with
     \(T_{ii} = \sum_j |W^TW|_{ij}\, q_j/q_i\) (Araujo et al. 2023, theorem 3), here \(T_{ii} \ge c^2\) where not
@@ -89,13 +92,18 @@ class RescalingParametrization(Constraint):
                 unit = torch.finfo(weight.dtype).eps / 2
                 factor = operator_to_frobenius(weight.shape, self.layout.geometry)
                 rounding = unit * factor * self.layout.frobenius_ceilings(value, torch.float64).amax()
-                scale = constant / torch.where(constant > 0, constant + rounding, 1.0)
+                lost = factor * subnormal_unit(weight.dtype) * weight.numel() ** 0.5
+                scale = (constant - lost).clamp_min(0) / torch.where(constant > 0, constant + rounding, 1.0)
                 if not self.exact:
                     scale = torch.where(ratio.amax() <= 1, 1.0, scale)
             return (value * scale).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
+
+    def refresh(self, *, anew: bool = False) -> None:
+        """Nothing is kept between reads; raises a ValueError where the raw weight is NaN or inf."""
+        check_named_weight(self.name, whole(self.original))
 
     def divisors(self, weight: Tensor) -> Tensor:
         """t, float64: (channels,) or (count, channels)."""

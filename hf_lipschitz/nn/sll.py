@@ -13,7 +13,7 @@ from hf_lipschitz.functional.rescaling import check_num_iterations
 from hf_lipschitz.functional.rescaling_conv import MAX_ITERATIONS
 from hf_lipschitz.nn.activations import SlopeCorrected
 from hf_lipschitz.nn.aol import rescale_channels
-from hf_lipschitz.nn.blocks import sll_scale
+from hf_lipschitz.nn.blocks import sll_root
 
 
 class SLLLinear(nn.Linear):
@@ -68,13 +68,14 @@ class DenseBlock(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden)) if bias else None
         self.activation = SlopeCorrected(nn.ReLU() if activation is None else activation)
 
-    def scale(self) -> Tensor:
-        """2/T."""
+    def root(self) -> Tensor:
+        """√(2/T), 0-dim or one entry a row."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        root = self.root()
         change = self.activation(F.linear(x, self.weight, self.bias))
-        return x - F.linear(self.scale() * change, self.weight.mT)
+        return x - F.linear(root * change, (root.reshape(-1, 1) * self.weight).mT)
 
 
 class SLLBlock(DenseBlock):
@@ -90,7 +91,7 @@ class SLLBlock(DenseBlock):
         bias (`bool`, *optional*, defaults to `True`):
             Whether there is a b.
         num_iterations (`int`, *optional*, defaults to 1):
-            N of [`sll_scale`].
+            N of [`sll_root`].
 
     A **sound bound**, up to rounding, for weights in float32 or float64.
 
@@ -113,8 +114,8 @@ class SLLBlock(DenseBlock):
         self.num_iterations = num_iterations
         self.log_q = nn.Parameter(torch.zeros(hidden))
 
-    def scale(self) -> Tensor:
-        return sll_scale(self.weight, self.log_q, self.num_iterations)
+    def root(self) -> Tensor:
+        return sll_root(self.weight, self.log_q, self.num_iterations)
 
 
 class ConvBlock2d(nn.Module):
@@ -150,8 +151,8 @@ class ConvBlock2d(nn.Module):
             self.weight.shape, padding=self.padding, dilation=self.dilation, padding_mode=self.padding_mode
         )
 
-    def scale(self) -> Tensor:
-        """2/T, 0-dim or one entry a hidden channel."""
+    def root(self) -> Tensor:
+        """√(2/T), 0-dim or one entry a hidden channel."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,8 +160,9 @@ class ConvBlock2d(nn.Module):
         padded = F.pad(x, (p, p, p, p), mode="circular") if is_circular and p else x
         inside = 0 if is_circular else p
         u = F.conv2d(padded, self.weight, self.bias, padding=inside, dilation=self.dilation)
-        change = self.scale().reshape(-1, 1, 1) * self.activation(u)
-        back = F.conv_transpose2d(change, self.weight, padding=inside, dilation=self.dilation)
+        root = self.root().reshape(-1, 1, 1)
+        kernel = root[..., None] * self.weight
+        back = F.conv_transpose2d(root * self.activation(u), kernel, padding=inside, dilation=self.dilation)
         if is_circular and p:
             back = _unwrapped(_unwrapped(back, -1, p), -2, p)
         return x - back
@@ -214,8 +216,8 @@ class SLLConvBlock2d(ConvBlock2d):
         self.num_iterations = num_iterations
         self.log_q = nn.Parameter(torch.zeros(hidden))
 
-    def scale(self) -> Tensor:
-        return sll_scale(self.weight, self.log_q, self.num_iterations, self.geometry)
+    def root(self) -> Tensor:
+        return sll_root(self.weight, self.log_q, self.num_iterations, self.geometry)
 
 
 def _unwrapped(padded: Tensor, axis: int, pad: int) -> Tensor:

@@ -25,7 +25,7 @@ def test_the_scale_is_that_of_the_exact_norm_and_never_more() -> None:
         block = CPLBlock(6, 6, bias=False).double()
         block.weight.data = u @ torch.diag(torch.tensor([3.0, 3 * close, 1, 1, 1, 1]).double()) @ v
         exact = 2 / dense_norm(block.weight) ** 2
-        assert exact * (1 - 3e-3) < block.scale().item() <= exact
+        assert exact * (1 - 3e-3) < block.root().square().item() <= exact
         # All features on: the Jacobian is I - scale VᵀV.
         block.bias = nn.Parameter(torch.full((6,), 100.0, dtype=torch.float64))
         assert 0.99 < jacobian_norm(block, torch.zeros(6, dtype=torch.float64)) <= 1 + 1e-9
@@ -33,7 +33,7 @@ def test_the_scale_is_that_of_the_exact_norm_and_never_more() -> None:
 
 def test_the_gradient_is_that_of_the_exact_norm() -> None:
     block = disturbed(CPLBlock(5, 7))
-    (ours,) = torch.autograd.grad(block.scale(), block.weight)
+    (ours,) = torch.autograd.grad(block.root().square(), block.weight)
     (exact,) = torch.autograd.grad(2 / torch.linalg.matrix_norm(block.weight, 2) ** 2, block.weight)
     torch.testing.assert_close(ours, exact, rtol=2e-2, atol=2e-2 * exact.abs().max().item())
 

@@ -209,3 +209,14 @@ def test_gradients_are_finite_at_a_constant_input() -> None:
         x = torch.ones(shape(kind)).requires_grad_()
         norm(x).square().sum().backward()
         assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gains_in_half_precision_count_as_they_are_added_up(dtype: torch.dtype) -> None:
+    """1 + 0.0039 is 1 in bfloat16, and more where the sum is taken in float32, as in Gemma."""
+    weight = nn.Parameter(torch.full((4,), 0.0039).to(dtype))
+    for wide in (False, True):
+        norm = FloorStdRMSNorm(weight, 1e-6, offset=1.0, gain_in_float32=wide)
+        norm.set_floor(0.5)
+        exact = (1 + weight[0].double()).item() / 0.5
+        assert exact <= norm.lipschitz() <= 1.01 * exact

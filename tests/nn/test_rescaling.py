@@ -173,3 +173,23 @@ def test_the_gradient_is_that_of_autograd_in_float64() -> None:
 def test_too_many_iterations_for_a_convolution() -> None:
     with pytest.raises(ValueError, match="layer 0: num_iterations must be at most 3 for a convolution, got 4"):
         lipschitzify(nn.Sequential(nn.Conv1d(2, 2, 3)), method="sll", num_iterations=4)
+
+
+@pytest.mark.parametrize("mode", ["cap", "exact"])
+@pytest.mark.parametrize("method", ["gram", *METHODS])
+def test_subnormal_numbers_do_not_leave_the_ball(method: str, mode: str) -> None:
+    layer = nn.Linear(64, 64, bias=False).half()
+    nn.init.ones_(layer.weight)
+    for share in (0.51, 0.7, 3.3):
+        constant = 64 * share * 2.0**-24
+        model = lipschitzify(nn.Sequential(copy.deepcopy(layer)), method=method, mode=mode, layer_lipschitz=constant)
+        assert dense_norm(model[0].weight) <= constant
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_is_named_when_it_is_loaded(method: str) -> None:
+    model = lipschitzify(nn.Sequential(nn.Linear(4, 4)), method=method)
+    state = model.state_dict()
+    state["0.parametrizations.weight.original"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 0: weight holds NaN"):
+        model.load_state_dict(state)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hf_lipschitz.nn.activations import GroupSort, MaxMin, SlopeCorrected
+from hf_lipschitz.nn.cpl import CPLBlock
 from hf_lipschitz.nn.sll import SLLBlock, SLLConvBlock2d
 from tests.jacobians import attacked_norm, jacobian_norm
 from tests.operators import dense_norm
@@ -31,7 +32,7 @@ def test_dense_blocks_are_1_lipschitz(activation: nn.Module, num_iterations: int
 def test_the_diagonal_is_the_closed_form() -> None:
     block = disturbed(SLLBlock(5, 8))
     gram, q = (block.weight @ block.weight.mT).abs(), block.log_q.exp()
-    torch.testing.assert_close(block.scale(), 2 / ((gram * q).sum(1) / q), rtol=1e-10, atol=0)
+    torch.testing.assert_close(block.root().square(), 2 / ((gram * q).sum(1) / q), rtol=1e-10, atol=0)
 
 
 def test_extreme_weights_of_the_rows() -> None:
@@ -55,7 +56,7 @@ def test_zero_rows_take_no_part() -> None:
     block = disturbed(SLLBlock(5, 4))
     with torch.no_grad():
         block.weight[1] = 0
-    assert block.scale()[1] == 0
+    assert block.root().square()[1] == 0
     assert attacked_norm(block, (5,), steps=4) <= 1 + 1e-9
     with torch.no_grad():
         block.weight.zero_()
@@ -80,7 +81,7 @@ def test_convolutional_blocks_are_1_lipschitz(activation: nn.Module, options: di
 def test_the_way_back_is_the_exact_adjoint(mode: str) -> None:
     """With the identity for s and T = 2 the Jacobian is I - KᵀK, symmetric, K from autograd."""
     block = disturbed(SLLConvBlock2d(2, 3, activation=nn.Identity(), padding_mode=mode, padding=2, bias=False))
-    block.scale = lambda: torch.ones(3, dtype=torch.float64)
+    block.root = lambda: torch.ones(3, dtype=torch.float64)
     x = torch.randn(1, 2, 5, 4, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(block, x).reshape(40, 40)
     conv = nn.Conv2d(2, 3, 3, padding=2, padding_mode=mode, bias=False).double()
@@ -94,7 +95,7 @@ def test_gelu_as_it_is_would_be_over_1() -> None:
     nn.init.orthogonal_(block.weight)
     slopes = torch.full((4,), 1.1289, dtype=torch.float64)
     v = block.weight.detach()
-    jacobian = torch.eye(4, dtype=torch.float64) - v.mT @ torch.diag(block.scale().detach() * slopes) @ v
+    jacobian = torch.eye(4, dtype=torch.float64) - v.mT @ torch.diag(block.root().detach().square() * slopes) @ v
     assert dense_norm(jacobian) > 1.25
     assert isinstance(block.activation, SlopeCorrected)
 
@@ -113,3 +114,15 @@ def test_bad_arguments_are_named() -> None:
         SLLBlock(2, 2, num_iterations=0)
     with pytest.raises(ValueError, match="at most 3"):
         SLLConvBlock2d(2, 2, num_iterations=4)
+
+
+@pytest.mark.parametrize("kind", [SLLBlock, CPLBlock])
+@pytest.mark.parametrize("exponent", [-25, -20, 0, 20, 22])
+def test_weights_far_from_1_in_float32(kind: type[nn.Module], exponent: int) -> None:
+    """2/T itself is no float32 number there; s is linear, so that the Jacobian is the block at the unit vectors."""
+    block = kind(6, 4, activation=nn.Identity(), bias=False)
+    block.weight.data = torch.randn(4, 6) * 10.0**exponent
+    jacobian = block(torch.eye(6)).double()
+    norm = torch.linalg.matrix_norm(jacobian, 2).item()
+    assert 1 - 1e-5 <= norm <= 1 + 1e-5
+    assert not torch.allclose(jacobian, torch.eye(6, dtype=torch.float64), atol=0.1)
