@@ -44,7 +44,8 @@ class LipschitzConfig:
             al. 2022). Or a method registered with `register_method`.
         layer_lipschitz (`float`, *optional*, defaults to `1.0`):
             The constant of EACH layer, an upper bound of its spectral norm. `None` keeps each layer's present norm, so
-            that the function is unchanged; `LipschitzTrainer` anneals from there.
+            that the function is unchanged; `LipschitzTrainer` anneals from there. It is the norm in the present dtype:
+            cast to half precision first, for casting afterwards makes room for its rounding by scaling layers down.
         mode (`str`, *optional*, defaults to `"cap"`):
             `"cap"` leaves layers under the constant untouched, `"exact"` scales every layer to it. Methods that divide
             by channel do so with each channel.

@@ -33,7 +33,8 @@ class Owner(Protocol):
 class Constraint(nn.Module):
     """Base of the parametrizations whose value has spectral norm at most c at every read, whatever moved the weight.
 
-    c is the 0-dim float64 buffer `lipschitz`, saved with the model. It bounds each of the matrices of the tensor.
+    c is the 0-dim float64 buffer `lipschitz`, saved with the model. It bounds each of the matrices of the tensor, as
+    stored: under `torch.autocast` a layer rounds its weight once more, in bfloat16 by up to 2⁻⁸ of each entry.
 
     Args:
         layout (`WeightLayout`):

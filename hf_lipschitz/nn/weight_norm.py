@@ -1,4 +1,7 @@
-"""torch's weight norm under a constraint: taken apart so that both train, and put together again for plain files."""
+"""torch's weight norm under a constraint: taken apart so that both train, and put together again for plain files.
+
+In half precision a plain module rounds g v/‖v‖ once more, so that a merged model differs by that.
+"""
 
 from __future__ import annotations
 
