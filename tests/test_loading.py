@@ -149,3 +149,20 @@ def test_the_configuration_is_no_argument_of_from_pretrained(tmp_path: Path) -> 
     bert().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Load the plain model, then constrain it"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=LipschitzConfig())
+
+
+def test_memory_that_a_checkpoint_left_out_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is said, whatever happens to be in the memory: `from_pretrained` calls `eval` before its end."""
+    model = lipschitzify(FAMILIES["wav2vec2"](), layer_lipschitz=0.1)
+    model.save_pretrained(tmp_path)
+    complete = load_file(tmp_path / "model.safetensors")
+    key = "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.0.magnitude"
+    save_file({k: v for k, v in complete.items() if k != key}, tmp_path / "model.safetensors", {"format": "pt"})
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **kwargs: _spoilt(empty_like(t, **kwargs)))
+    with pytest.raises(ValueError, match="no other tensor for .*pos_conv_embed.conv.weight: it is incomplete"):
+        load(tmp_path, model)
+
+
+def _spoilt(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_meta or not tensor.is_floating_point() else tensor.fill_(torch.nan)

@@ -126,7 +126,7 @@ class GramParametrization(Constraint):
         return self._reference.right if rows >= columns else self._reference.left
 
     def train(self, mode: bool = True) -> GramParametrization:
-        if mode != self.training and self.is_bound:
+        if mode != self.training and self.is_bound and not self.is_suspended:
             self.refresh()
         return super().train(mode)
 
