@@ -153,4 +153,5 @@ def constrain(
         scale = (constant.clone() - lost).clamp_min(0) / torch.where(bound == 0, torch.ones_like(bound), bound)
         if not exact:
             scale = torch.where(bound <= constant, torch.ones_like(scale), scale.clamp(max=1.0))
-        return (matrices * scale[..., None, None]).reshape(weight.shape).to(weight.dtype)
+        # Of one dtype: a scale with axes would take the whole product to float64.
+        return (matrices * scale.to(value.dtype)[..., None, None]).reshape(weight.shape).to(weight.dtype)
