@@ -25,6 +25,8 @@ from rich.table import Table
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     HfArgumentParser,
     PreTrainedModel,
     ResNetConfig,
@@ -45,9 +47,11 @@ except ImportError:
 
 @dataclass
 class Arguments:
-    model: str = field(default="minilm", metadata={"help": "minilm (pretrained) or resnet50 (shape, from a config)"})
+    model: str = field(
+        default="minilm", metadata={"help": "minilm (pretrained), bert-base or resnet50 (shapes, from a config)"}
+    )
     batch_size: int = field(default=16)
-    tokens: int = field(default=64, metadata={"help": "tokens an input, for minilm"})
+    tokens: int = field(default=64, metadata={"help": "tokens an input, for minilm and bert-base"})
     image_size: int = field(default=96, metadata={"help": "pixels a side, for resnet50"})
     rounds: int = field(default=15)
     warm_up: int = field(default=2)
@@ -68,11 +72,15 @@ def base_model(args: Arguments) -> tuple[PreTrainedModel, dict[str, torch.Tensor
         model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=3)
         ids = torch.randint(1000, 20_000, (args.batch_size, args.tokens))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif args.model == "bert-base":
+        model = BertForSequenceClassification(BertConfig(num_labels=3))
+        ids = torch.randint(1000, 20_000, (args.batch_size, args.tokens))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif args.model == "resnet50":
         model = ResNetForImageClassification(ResNetConfig(num_labels=3))
         batch = {"pixel_values": torch.randn(args.batch_size, 3, args.image_size, args.image_size)}
     else:
-        raise ValueError(f"unknown model {args.model!r}; known: minilm, resnet50")
+        raise ValueError(f"unknown model {args.model!r}; known: minilm, bert-base, resnet50")
     batch["labels"] = torch.randint(0, 3, (args.batch_size,))
     return model.to(args.device), {name: value.to(args.device) for name, value in batch.items()}
 
@@ -238,8 +246,9 @@ def main() -> None:
     evaluation_ratio = measure_evaluation(args)
     peaks = measure_memory(args) if args.memory else {}
     table = Table(title=f"{args.model}, batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}")
-    for column in ("variant", "step, median", "ratio, median", "ratio of means", "peak memory"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    table.add_column("variant", overflow="fold")
+    for column in ("step, median", "ratio, median", "ratio of means", "peak memory"):
+        table.add_column(column, justify="right")
     for row in rows:
         row["peak_memory"] = peaks.get(row["variant"])
         memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f} MiB"
