@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
-from transformers.models.t5 import modeling_t5
 
 import hf_lipschitz
 from hf_lipschitz import LipschitzConfig, calibrate, lipschitzify, materialized, merge
@@ -37,8 +36,6 @@ BLOCKS = {"bert": 2, "albert": 1, "gpt2": 2, "vit": 2, "t5": 4, "xlnet": 2, "wav
 def all_that_go(family: str) -> tuple[str, ...]:
     kinds = ("weights", "norms", "activations", "residuals")
     is_free = family in BYPASSING or family in ("resnet", "mobilenet_v2", "convnext")
-    # T5 came to the registry of attention after transformers 5.17.
-    is_free |= family == "t5" and not hasattr(modeling_t5, "ALL_ATTENTION_FUNCTIONS")
     kinds = kinds if is_free else (*kinds, "attention")
     without = ("resnet", "mobilenet_v2", "t5", "gpt_oss")
     return tuple(kind for kind in kinds if kind != "activations" or family not in without)

@@ -133,7 +133,7 @@ def apply(model: PreTrainedModel, config: LipschitzConfig, names: tuple[str, ...
     if not names:
         return
     register_attention()
-    model.set_attn_implementation(_implementation(model, names))
+    _set_implementation(model, names)
     for name in names:
         module = model.get_submodule(name)
         if module.config._attn_implementation not in _CLIPPED.values():
@@ -191,6 +191,17 @@ def _ancestors(name: str) -> Iterator[str]:
         yield name
         name = name.rpartition(".")[0]
     yield ""
+
+
+def _set_implementation(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    implementation = _implementation(model, names)
+    model.set_attn_implementation(implementation)
+    # transformers up to 5.17 passes over models inside whose config is a copy of one class, such as the stacks of T5.
+    owners = {id(model.get_submodule(name).config) for name in names}
+    for inner in model.modules():
+        is_owner = isinstance(inner, PreTrainedModel) and id(inner.config) in owners
+        if is_owner and inner.config._attn_implementation != implementation:
+            inner.set_attn_implementation(implementation)
 
 
 def _implementation(model: PreTrainedModel, names: Iterable[str]) -> str:
