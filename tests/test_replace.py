@@ -70,6 +70,8 @@ def test_norms_and_attention_leave_the_function_as_it_was(family: str) -> None:
         assert all(module.s_min > module.eps**0.5 for _, module in calibrated_modules(model) if hasattr(module, "eps"))
         for _, module in calibrated_modules(model):
             assert not isinstance(module, BallRadii) or module.is_finite
+    with materialized(model) as plain:
+        assert not [name for name, module in plain.named_modules() if module.training]
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -142,7 +142,7 @@ def apply(model: PreTrainedModel, config: LipschitzConfig, names: tuple[str, ...
                 "let its attention implementation be set"
             )
         device = next((parameter.device for parameter in module.parameters()), None)
-        setattr(module, CHILD, BallRadii(device))
+        setattr(module, CHILD, BallRadii(device).train(module.training))
         module.register_forward_pre_hook(_refuse_other_implementations)
 
 
