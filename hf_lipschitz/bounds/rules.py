@@ -190,6 +190,26 @@ def linear(call: Call) -> float:
     return scaled(call.only("input").log_lipschitz, weight_norm_bound(call["weight"], None, certified=True).item())
 
 
+@rule(_aten.addmm.default)
+def matrix_product_and_bias(call: Call) -> float:
+    """|α| σ₁ of the constant factor on the right, as in transformers' Conv1D."""
+    value = call.only("mat1")
+    gain = abs(call["alpha"]) * weight_norm_bound(call["mat2"], None, certified=True).item()
+    return scaled(value.log_lipschitz, gain)
+
+
+@rule(_aten.mm.default, _aten.matmul.default)
+def matrix_product(call: Call) -> float:
+    """σ₁ of the one factor that is constant, a matrix; the other may be a stack."""
+    left, right = call.arguments.values()
+    value, factor = (left, right) if isinstance(left, Dependent) else (right, left)
+    if isinstance(factor, Dependent):
+        raise NoRule("a product of two values that depend on the input has no constant of its own")
+    if factor.dim() != 2:
+        raise NoRule("a product with a constant that is no matrix has no rule yet")
+    return scaled(value.log_lipschitz, weight_norm_bound(factor, None, certified=True).item())
+
+
 @rule(
     *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
     *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
