@@ -14,14 +14,14 @@ LAYERS = [
     ["version"],
     ["functional"],
     ["configuration"],
-    ["nn", "certification"],
+    ["nn", "bounds", "certification"],
     ["probes", "holders", "dataflow", "matching", "methods", "model_config"],
     ["blocks", "replacements", "conversion", "calibration", "report", "pipelines", "integrations", "training"],
     ["dataset_certification", "summary", "plots", "model_card"],
     ["demo"],
     ["cli"],
 ]
-FREE_OF_TRANSFORMERS = ("version", "functional", "configuration", "nn", "certification")
+FREE_OF_TRANSFORMERS = ("version", "functional", "configuration", "nn", "bounds", "certification")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
