@@ -32,7 +32,7 @@ def graph_bound(model: nn.Module, inputs: Mapping[str, Any], *, wrt: str | None 
     r"""A global Lipschitz constant of a model with respect to one of its inputs.
 
     The model is exported once and its graph walked with log-space constants: linear maps multiply, sums add, values
-    side by side take the root of the sum of squares (Delattre's thesis, chapter on composed bounds). A module that is
+    side by side take the root of the sum of squares; each rule of `bounds/rules.py` states its proof. A module that is
     called twice is in the graph twice, and in-place operators are made functional first. An operator without a rule
     gives inf and is named.
 

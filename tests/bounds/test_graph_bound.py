@@ -139,6 +139,36 @@ def test_layer_norm_is_attained_at_constant_tokens(is_affine: bool) -> None:
     assert graph_bound(Named(norm).eval(), {"x": x}).value == pytest.approx(exact(norm, x), rel=1e-6)
 
 
+ELEMENTWISE = [
+    *(nn.ReLU(), nn.ReLU6(), nn.Tanh(), nn.Hardtanh(), nn.Sigmoid(), nn.SiLU(), nn.Hardswish(), nn.Mish()),
+    *(nn.GELU(), nn.GELU(approximate="tanh"), nn.LeakyReLU(-2.0), nn.LeakyReLU(0.1)),
+]
+
+
+@pytest.mark.parametrize("activation", ELEMENTWISE, ids=str)
+def test_slopes_are_attained_and_not_passed(activation: nn.Module) -> None:
+    grid = torch.linspace(-6, 6, 120_001, dtype=torch.float64, requires_grad=True)
+    activation(grid).sum().backward()
+    steepest = grid.grad.abs().max().item()
+    bound = graph_bound(Named(activation).eval(), {"x": grid.detach()}).value
+    assert steepest <= bound <= steepest * (1 + 1e-4)
+
+
+LINEAR_MAPS = [
+    *(nn.AvgPool2d(3, 1), nn.AvgPool2d(2, 2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
+    *(nn.AdaptiveAvgPool2d(3), nn.AdaptiveAvgPool2d((5, 1)), nn.BatchNorm2d(2)),
+]
+
+
+@pytest.mark.parametrize("module", LINEAR_MAPS, ids=str)
+def test_pools_and_batch_norm_are_exact(module: nn.Module) -> None:
+    if isinstance(module, nn.BatchNorm2d):
+        nn.init.uniform_(module.weight, -2, 2)
+        nn.init.uniform_(module.running_var, 0.1, 2)
+    module, x = module.double().eval(), torch.randn(1, 2, 7, 6, dtype=torch.float64)
+    assert graph_bound(Named(module).eval(), {"x": x}).value == pytest.approx(exact(module, x), rel=1e-9)
+
+
 def test_softmax_is_attained_at_two_equal_entries() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
     assert graph_bound(Named(nn.Softmax(-1)).eval(), {"x": x}).value == pytest.approx(exact(nn.Softmax(-1), x))
