@@ -1,11 +1,12 @@
-"""Walks an exported graph: what does not depend on the chosen input is computed, the rest goes by [`RULES`]."""
+"""Walks an exported graph: what does not depend on the chosen input is computed, the rest goes by the rules."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,15 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from hf_lipschitz.bounds.domain import Dependent, LipschitzBound, Refusal, log_root_sum_squares
-from hf_lipschitz.bounds.rules import RULES, Call, NoRule
+from hf_lipschitz.bounds.advice import advice_for
+from hf_lipschitz.bounds.export import on_cpu
+from hf_lipschitz.bounds.logs import exponential, log_root_sum_squares
+from hf_lipschitz.bounds.registry import MODULE_RULES, RULES, Call, NoRule, Norms
+from hf_lipschitz.bounds.regions import Region, settled
+from hf_lipschitz.bounds.result import Cost
+from hf_lipschitz.bounds.rules.modules import at
+from hf_lipschitz.bounds.values import Dependent
+from hf_lipschitz.bounds.whole import WHOLE
 
 
 # Relative rounding of one logarithm, exponential, sum or gain, generously.
@@ -28,160 +36,238 @@ _BY_SHAPE = {
 }
 
 
-def graph_bound(model: nn.Module, inputs: Mapping[str, Any], *, wrt: str | None = None) -> LipschitzBound:
-    r"""A global Lipschitz constant of a model with respect to one of its inputs.
+class Ball(NamedTuple):
+    """The inputs within `radius` of `center`, in the Frobenius norm of the whole tensor."""
 
-    The model is exported once and its graph walked with log-space constants: linear maps multiply, sums add, values
-    side by side take the root of the sum of squares; each rule of `bounds/rules.py` states its proof. A module that is
-    called twice is in the graph twice, and in-place operators are made functional first. An operator without a rule
-    gives inf and is named.
+    center: Tensor
+    radius: float
+
+
+@dataclasses.dataclass
+class Walk:
+    """What a walk found.
 
     Args:
-        model (`torch.nn.Module`):
-            In evaluation mode, without constrained layers ([`materialized`] gives such a model).
-        inputs (`Mapping[str, Any]`):
-            Keyword arguments of `forward`. The bound is for their shapes, and for the values of all
-            but `wrt`.
-        wrt (`str`, *optional*):
-            The input; defaults to the only floating-point one.
-
-    Returns:
-        [`LipschitzBound`]: a **sound bound** of all outputs together in Frobenius norms, for all values of `wrt`; inf
-        with `.blame` where an operator has no rule.
-
-    Raises:
-        TypeError: `wrt` is not a floating-point tensor.
-        ValueError: `wrt` is no input or not clear; the model is in training mode; a parameter is NaN or inf; the model
-            cannot be exported, as with control flow that depends on data.
+        outputs (`list[Dependent]`):
+            Those outputs of the graph that depend on the input.
+        log_value (`float`):
+            log L of all outputs together, rounded up.
+        costs (`tuple[Cost]`):
+            See [`LipschitzBound`].
+        per_node (`dict[str, float]`):
+            log L by node.
     """
-    name = _chosen(inputs, wrt)
-    if any(module.training for module in model.modules()):
-        raise ValueError("the model, or a module of it, is in training mode: call model.eval() first")
-    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()) and not _is_mask(tensor):
-            raise ValueError(f"{key} holds NaN or inf: repair or reload it first")
-    return _walk(_exported(model, inputs), name, inputs)
+
+    outputs: list[Dependent]
+    log_value: float
+    costs: tuple[Cost, ...]
+    per_node: dict[str, float]
 
 
-def _is_mask(tensor: Tensor) -> bool:
-    return not isinstance(tensor, nn.Parameter) and not bool(torch.isnan(tensor).any())
+class Interpreter:
+    """The graph of a model, to be walked once or for many balls of inputs.
 
+    Args:
+        program (`ExportedProgram`):
+            Functional.
+        wrt (`str`):
+            The input.
+        constants (`Mapping[str, Any]`):
+            The values of the other inputs of the graph, by name.
+        modules (`Mapping[int, Module]`):
+            Those that are single nodes.
+    """
 
-def _chosen(inputs: Mapping[str, Any], wrt: str | None) -> str:
-    floating = [key for key, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    if wrt is None:
-        if len(floating) != 1:
-            raise ValueError(f"wrt must name the input: floating-point inputs are {', '.join(floating) or 'none'}")
-        return floating[0]
-    if wrt not in inputs:
-        raise ValueError(f"wrt={wrt!r} is not an input; inputs are {', '.join(inputs)}")
-    if wrt not in floating:
-        raise TypeError(
-            f"wrt={wrt!r} is not a floating-point tensor: a Lipschitz constant needs one, as inputs_embeds"
-        )
-    return wrt
+    def __init__(
+        self, program: ExportedProgram, wrt: str, constants: Mapping[str, Any], modules: Mapping[int, nn.Module]
+    ) -> None:
+        self.program, self.wrt, self.constants, self.modules = program, wrt, constants, modules
+        self.norms = Norms()
 
+    @torch.no_grad()
+    def walk(self, ball: Ball | None = None) -> Walk:
+        """Bounds each node, for all inputs or for those in a ball.
 
-def _exported(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProgram:
-    try:
-        with torch.no_grad():
-            program = torch.export.export(model, (), dict(inputs), strict=False)
-            # Without a table of decompositions: functional operators, each as whole as it was written.
-            return program.run_decompositions({})
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be exported by torch.export: {error}") from error
+        Raises:
+            ValueError: the graph has no such input, or one that is not known.
+        """
+        self._ball, self._values, self._refusals = ball, {}, {}
+        outputs: list[Node] = []
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                outputs = [arg for arg in pytree.tree_leaves(node.args) if isinstance(arg, Node)]
+            else:
+                self._values[node] = self._value(node)
+        reached = {node: _log_of(value) for node, value in self._values.items() if _is_dependent(value)}
+        if not any(node.op == "placeholder" for node in reached):
+            raise ValueError(f"the exported graph has no input named {self.wrt!r}: forward may take it as **kwargs")
+        ends = [node for node in outputs if node in reached]
+        log = log_root_sum_squares([reached[node] for node in ends])
+        log = log if math.isinf(log) else log + len(self._values) * _ROUNDING * (1 + abs(log))
+        costs = self._blamed(ends) if log == math.inf else self._chain(ends, reached)
+        found = [self._values[node] for node in ends]
+        return Walk(found, log, costs, {node.name: value for node, value in reached.items()})
 
-
-def _walk(program: ExportedProgram, wrt: str, inputs: Mapping[str, Any]) -> LipschitzBound:
-    values: dict[Node, Any] = {}
-    causes: dict[Node, tuple[Refusal, ...]] = {}
-    constants = _constants(program) | dict(inputs)
-    outputs: list[Node] = []
-    for node in program.graph.nodes:
+    def _value(self, node: Node) -> Any:
         if node.op == "placeholder":
-            values[node] = _placeholder(node, wrt, constants)
-            causes[node] = ()
-        elif node.op == "get_attr":
-            values[node], causes[node] = operator.attrgetter(node.target)(program.graph_module), ()
-        elif node.op == "output":
-            outputs = [arg for arg in pytree.tree_leaves(node.args) if isinstance(arg, Node)]
-        else:
-            values[node], causes[node] = _value(node, values, causes)
-    logs = [values[node].log_lipschitz for node in outputs if isinstance(values[node], Dependent)]
-    blame = tuple(dict.fromkeys(refusal for node in outputs for refusal in causes[node]))
-    total = _up(log_root_sum_squares(logs), len(values))
-    if not any(node.op == "placeholder" and isinstance(values[node], Dependent) for node in values):
-        raise ValueError(f"the exported graph has no input named {wrt!r}: forward may take it as **kwargs")
-    reached = {node.name: value.log_lipschitz for node, value in values.items() if isinstance(value, Dependent)}
-    return LipschitzBound(total, blame, reached)
+            return self._placeholder(node)
+        if node.op == "get_attr":
+            return on_cpu(operator.attrgetter(node.target)(self.program.graph_module))
+        args, kwargs = pytree.tree_map(self._known, (node.args, node.kwargs))
+        leaves = pytree.tree_leaves((args, kwargs))
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        is_higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+        if node.target is operator.getitem:
+            return args[0][args[1]] if isinstance(args[0], (tuple, list)) else args[0]
+        if not any(isinstance(leaf, Dependent) for leaf in leaves) and not is_random and not is_higher:
+            return self._constant(node, args, kwargs)
+        try:
+            return self._by_rule(node, args, kwargs)
+        except NoRule as error:
+            self._refusals[node] = str(error)
+            return self._nothing(node)
+
+    def _placeholder(self, node: Node) -> Any:
+        if node.name == self.wrt:
+            shape = tuple(node.meta["val"].shape)
+            if self._ball is None:
+                return Dependent(0.0, shape)
+            center = self._ball.center.detach().to("cpu", torch.float64)
+            return Dependent(0.0, shape, settled(Region(center=center), shape, self._ball.radius))
+        if node.name not in self.constants:
+            raise ValueError(f"the exported graph has an input {node.name!r}: pass inputs as a flat mapping of tensors")
+        return on_cpu(self.constants[node.name])
+
+    def _known(self, argument: Any) -> Any:
+        if isinstance(argument, torch.device):
+            return torch.device("cpu")
+        return self._values[argument] if isinstance(argument, Node) else argument
+
+    def _constant(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.target is WHOLE:
+            module = self.modules[args[1]]
+            outputs = type(module).forward(module.cpu(), *args[0])
+            return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        return node.target(*args, **kwargs)
+
+    def _by_rule(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.target in _BY_SHAPE and isinstance(args[0], Dependent):
+            like = node.args[0].meta["val"]
+            shape_only = torch.zeros(like.shape, dtype=like.dtype)
+            return node.target(shape_only, *args[1:], **kwargs)
+        if node.target is WHOLE:
+            return self._by_module(node, args)
+        if node.target not in RULES:
+            raise NoRule("the operator has no rule")
+        arguments = {}
+        for index, argument in enumerate(node.target._schema.arguments):
+            given = args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
+            arguments[argument.name] = given
+        found = RULES[node.target](Call(arguments, _shape(node), node.target, self.norms, self.modules))
+        return self._settled(node, found, self._centers(node, args, kwargs))
+
+    def _by_module(self, node: Node, args: tuple[Any, ...]) -> list[Dependent]:
+        module = self.modules[args[1]]
+        values = [value if isinstance(value, Dependent) else _as_dependent(value) for value in args[0]]
+        call = Call({"inputs": values}, tuple(node.meta["val"][0].shape), node.target, self.norms, self.modules)
+        found = MODULE_RULES[type(module)](call, module, values)
+        centers: list[Tensor | None] = [None] * len(found)
+        if self._ball is not None and all(value.region.center is not None for value in values):
+            centers = at(module, [value.region.center.expand(value.shape) for value in values])
+        return self._settled(node, found, centers)
+
+    def _settled(self, node: Node, found: Any, centers: Any) -> Any:
+        if isinstance(found, (tuple, list)):
+            centers = centers if isinstance(centers, (tuple, list)) else [None] * len(found)
+            return [self._settled(node, part, center) for part, center in zip(found, centers, strict=True)]
+        # Saved statistics, as of a batch norm, stand beside the value.
+        centers = centers[0] if isinstance(centers, (tuple, list)) else centers
+        if centers is None and not found.region.is_known:
+            return found
+        reach = math.inf
+        if centers is not None:
+            reach = exponential(found.log_lipschitz) * self._ball.radius * (1 + len(self._values) * _ROUNDING)
+        region = dataclasses.replace(found.region, center=centers)
+        return dataclasses.replace(found, region=settled(region, found.shape, reach))
+
+    def _centers(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value at the center of the ball, in float64; `None` where there is none."""
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Dependent)]
+        if self._ball is None or any(leaf.region.center is None for leaf in leaves):
+            return None
+
+        def wide(leaf: Any) -> Any:
+            if isinstance(leaf, Dependent):
+                return leaf.region.center.expand(leaf.shape).contiguous()
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                return leaf.double()
+            is_float = isinstance(leaf, torch.dtype) and leaf.is_floating_point
+            return torch.float64 if is_float else leaf
+
+        args, kwargs = pytree.tree_map(wide, (args, kwargs))
+        return node.target(*args, **kwargs)
+
+    def _nothing(self, node: Node) -> Any:
+        """A value of which nothing is known but, on a ball, its center."""
+        value = node.meta.get("val")
+        if isinstance(value, (tuple, list)):
+            return [Dependent(math.inf, tuple(part.shape) if isinstance(part, Tensor) else ()) for part in value]
+        return Dependent(math.inf, _shape(node))
+
+    def _blamed(self, ends: list[Node]) -> tuple[Cost, ...]:
+        """The refusals on the way to an output, in the order of the graph."""
+        before: set[Node] = set()
+        waiting = list(ends)
+        while waiting:
+            node = waiting.pop()
+            if node not in before:
+                before.add(node)
+                waiting += node.all_input_nodes
+        return tuple(
+            self._cost(node, math.inf, reason) for node, reason in self._refusals.items() if node in before
+        )
+
+    def _chain(self, ends: list[Node], reached: Mapping[Node, float]) -> tuple[Cost, ...]:
+        """From an output back along the largest constants; the factors multiply to the whole."""
+        costs = []
+        node = max(ends, key=reached.__getitem__, default=None)
+        while node is not None and reached[node] > -math.inf:
+            sources = [source for source in node.all_input_nodes if source in reached]
+            largest = max(sources, key=reached.__getitem__, default=None)
+            if largest is not None and reached[largest] > -math.inf and node.target is not operator.getitem:
+                costs.append(self._cost(node, reached[node] - reached[largest]))
+            node = largest
+        return tuple(sorted(costs, key=lambda cost: -cost.log_factor))
+
+    def _cost(self, node: Node, log_factor: float, reason: str = "") -> Cost:
+        stack = node.meta.get("nn_module_stack") or {}
+        module = next(reversed(stack.values()))[0] if stack else ""
+        operator_name = str(node.target)
+        if node.target is WHOLE:
+            operator_name = type(self.modules[node.args[1]]).__name__
+        return Cost(node.name, operator_name, module, log_factor, reason, advice_for(operator_name, reason))
 
 
-def _up(log: float, count: int) -> float:
-    return log if math.isinf(log) else log + count * _ROUNDING * (1 + abs(log))
+def _as_dependent(value: Tensor) -> Dependent:
+    center = value.detach().double()
+    norm = torch.linalg.vector_norm(center, dim=-1, keepdim=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    return Dependent(-math.inf, tuple(value.shape), Region(center, center, norm, center, zero))
 
 
-def _constants(program: ExportedProgram) -> dict[str, Any]:
-    signature, state = program.graph_signature, {**program.state_dict, **program.constants}
-    names = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    return {name: state[target] for name, target in names.items()}
+def _is_dependent(value: Any) -> bool:
+    return isinstance(value, Dependent) or (
+        isinstance(value, (tuple, list)) and any(isinstance(part, Dependent) for part in value)
+    )
 
 
-def _placeholder(node: Node, wrt: str, constants: Mapping[str, Any]) -> Any:
-    if node.name == wrt:
-        return Dependent(0.0, tuple(node.meta["val"].shape))
-    if node.name not in constants:
-        raise ValueError(f"the exported graph has an input {node.name!r}: pass inputs as a flat mapping of tensors")
-    return constants[node.name]
-
-
-def _value(
-    node: Node, values: Mapping[Node, Any], causes: Mapping[Node, tuple[Refusal, ...]]
-) -> tuple[Any, tuple[Refusal, ...]]:
-    def known(x: Any) -> Any:
-        is_shape_enough = isinstance(x, Node) and node.target in _BY_SHAPE
-        if is_shape_enough and isinstance(values[x], Dependent):
-            like = x.meta["val"]
-            return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        return values[x] if isinstance(x, Node) else x
-
-    args, kwargs = pytree.tree_map(known, (node.args, node.kwargs))
-    before = tuple(dict.fromkeys(refusal for source in node.all_input_nodes for refusal in causes[source]))
-    leaves = pytree.tree_leaves((args, kwargs))
-    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    is_constant = not any(isinstance(leaf, Dependent) for leaf in leaves)
-    if is_constant and not is_random and not isinstance(node.target, torch._ops.HigherOrderOperator):
-        with torch.no_grad():
-            return node.target(*args, **kwargs), before
-    if node.target is operator.getitem:
-        return Dependent(args[0].log_lipschitz, _shape(node)), before
-    try:
-        log = _by_rule(node, args, kwargs)
-    except NoRule as error:
-        refusal = Refusal(node.name, str(node.target), f"{error}{_place(node)}")
-        return Dependent(math.inf, _shape(node)), (*before, refusal)
-    return Dependent(log, _shape(node)), before
-
-
-def _by_rule(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    if node.target not in RULES:
-        raise NoRule("the operator has no rule")
-    arguments = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        given = args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
-        arguments[argument.name] = given
-    return RULES[node.target](Call(arguments, _shape(node)))
+def _log_of(value: Any) -> float:
+    if isinstance(value, Dependent):
+        return value.log_lipschitz
+    return max(part.log_lipschitz for part in value if isinstance(part, Dependent))
 
 
 def _shape(node: Node) -> tuple[int, ...]:
     value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _place(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    inner = list(stack.values())[-1][0] if stack else ""
-    return f", in {inner}" if inner else ""
+    first = value[0] if isinstance(value, (tuple, list)) and value else value
+    return tuple(first.shape) if isinstance(first, Tensor) else ()

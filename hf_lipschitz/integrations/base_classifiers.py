@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_lipschitz.integrations.preprocessing import normalisation
+
 
 PIXEL_UNIT = "pixels in [0, 1]"
 EMBEDDING_UNIT = "input embeddings"
@@ -33,7 +35,7 @@ class PixelClassifier(nn.Module):
 
     def __init__(self, model: PreTrainedModel, image_processor: Any) -> None:
         super().__init__()
-        mean, std = _normalisation(image_processor)
+        mean, std = normalisation(image_processor)
         self.image_processor = image_processor
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -129,15 +131,6 @@ def base_classifier(
         f"{type(model).__name__} takes {model.main_input_name!r}: certificates are for pixel_values (images) and "
         "input_ids (texts)"
     )
-
-
-def _normalisation(processor: Any) -> tuple[Tensor, Tensor]:
-    if not getattr(processor, "do_normalize", False):
-        return torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
-    mean, std = (
-        torch.as_tensor(getattr(processor, name), dtype=torch.float32) for name in ("image_mean", "image_std")
-    )
-    return mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
 
 
 def _check_processor(classifier: PixelClassifier) -> None:

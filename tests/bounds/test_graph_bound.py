@@ -58,7 +58,8 @@ FUNCTIONS = {
     "scale and quotient": (lambda m, x: m.first(x) * 3.0 / torch.full((6,), 0.5), lambda a, *_: 6 * a),
     "token mean": (lambda m, x: m.first(x).mean(0), lambda a, b, n: a / n**0.5),
     "sum": (lambda m, x: m.first(x).sum(), lambda a, b, n: a * (6 * n) ** 0.5),
-    "split": (lambda m, x: torch.stack(m.first(x).split(2, -1)), lambda a, *_: a * 3**0.5),
+    "split": (lambda m, x: torch.stack(m.first(x).split(2, -1)), lambda a, *_: a),
+    "overlap": (lambda m, x: torch.cat([(y := m.first(x))[:, 1:], y[:, :4]], -1), lambda a, *_: a * 2**0.5),
     "matrix from the right": (lambda m, x: x[None] @ m.first.weight, lambda a, *_: a),
     "matrix from the left": (lambda m, x: m.first.weight @ x.mT, lambda a, *_: a),
     "addmm": (lambda m, x: torch.addmm(m.first.bias, x, m.first.weight, alpha=-2), lambda a, *_: 2 * a),
@@ -73,7 +74,7 @@ def test_it_is_what_hand_computation_gives(name: str) -> None:
     body, by_hand = FUNCTIONS[name]
     model, x = Function(body).eval(), torch.randn(3, 6, dtype=torch.float64)
     bound = graph_bound(model, {"x": x})
-    assert bound.blame == ()
+    assert bound.log_value < math.inf
     expected = by_hand(sigma(model.first.weight), sigma(model.second.weight), 3)
     assert expected * (1 - 1e-9) <= bound.value <= expected * (1 + 1e-3) ** 2
     if name not in ("detach",):
@@ -125,7 +126,7 @@ def test_jacobians_are_under_it(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     model, x = convolutional(data)
     bound = graph_bound(Named(model).eval(), {"x": x})
-    assert bound.blame == ()
+    assert bound.log_value < math.inf
     for scale in (0.1, 1.0, 10.0):
         assert exact(model, scale * x) <= bound.value * (1 + 1e-9)
 
@@ -207,14 +208,14 @@ def test_an_unknown_operator_is_inf_and_named() -> None:
 def test_a_product_of_dependent_values_is_inf() -> None:
     bound = graph_bound(Function(lambda m, x: m.first(x) * x).eval(), {"x": torch.randn(3, 6, dtype=torch.float64)})
     assert bound.value == math.inf
-    assert "product of two values" in str(bound)
+    assert "multiplies two values" in bound.blame[0].reason
 
 
 def test_resnet_is_finite_and_above_its_jacobian() -> None:
     model = resnet().double().eval()
     pixels = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     bound = graph_bound(model, {"pixel_values": pixels})
-    assert bound.blame == ()
+    assert bound.log_value < math.inf
     assert math.isfinite(bound.log_value)
 
     class Logits(nn.Module):
@@ -243,8 +244,6 @@ def test_bad_input() -> None:
         graph_bound(model, {"x": x.long()}, wrt="x")
     with pytest.raises(ValueError, match="not an input"):
         graph_bound(model, {"x": x}, wrt="y")
-    with pytest.raises(ValueError, match="cannot be exported"):
-        graph_bound(Function(lambda m, v: v if v.sum() > 0 else -v).eval(), {"x": x})
     with torch.no_grad():
         model.first.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"first.weight holds NaN"):

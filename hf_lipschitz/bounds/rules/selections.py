@@ -1,0 +1,230 @@
+"""Operators that pick, move, repeat and pad entries: the constant counts how often each entry is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hf_lipschitz.bounds.logs import log_root_sum_squares
+from hf_lipschitz.bounds.registry import RULES, Call, NoRule, depends, rule
+from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.values import Dependent, Origin
+
+
+_aten = torch.ops.aten
+_CONSTANT = -1.0
+# Operator: the arguments that hold entries, and those that hold a number to fill in.
+_SELECTIONS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(
+        (
+            *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints),
+            *(_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.unflatten.int, _aten.movedim.int),
+            *(_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.unsqueeze.default),
+            *(_aten.flip.default, _aten.roll.default, _aten.select.int, _aten.slice.Tensor, _aten.unfold.default),
+            *(_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default, _aten.unbind.int),
+            *(_aten.expand.default, _aten.repeat.default, _aten.repeat_interleave.self_int, _aten.tile.default),
+            *(_aten.index.Tensor, _aten.index_select.default, _aten.gather.default, _aten.take_along_dim.default),
+            *(_aten.reflection_pad1d.default, _aten.reflection_pad2d.default, _aten.reflection_pad3d.default),
+            *(_aten.replication_pad1d.default, _aten.replication_pad2d.default, _aten.replication_pad3d.default),
+            *(_aten.mT.default, _aten.numpy_T.default, _aten.pixel_shuffle.default, _aten.pixel_unshuffle.default),
+            *(_aten.diagonal.default, _aten.narrow.default, _aten.as_strided.default),
+        ),
+        (("self",), ()),
+    ),
+    _aten.constant_pad_nd.default: (("self",), ("value",)),
+    _aten.pad.default: (("self",), ("value",)),
+    _aten.masked_fill.Scalar: (("self",), ("value",)),
+    _aten.masked_fill.Tensor: (("self", "value"), ()),
+    _aten.where.self: (("self", "other"), ()),
+    _aten.cat.default: (("tensors",), ()),
+    _aten.stack.default: (("tensors",), ()),
+    _aten.slice_scatter.default: (("self", "src"), ()),
+    _aten.select_scatter.default: (("self", "src"), ()),
+}
+# im2col and upsampling to the nearest take entries, too, under another name of the argument.
+_SELECTIONS[_aten.im2col.default] = (("self",), ())
+_SELECTIONS[_aten.upsample_nearest2d.vec] = (("input",), ())
+
+
+def selected(call: Call) -> Dependent | tuple[Dependent, ...]:
+    r"""Each entry of the value is one of the entries of the arguments, or a constant.
+
+    An entry that is there m times gives √m, attained; values from different arguments, or earlier values of the graph,
+    stand side by side, \(\sqrt{\sum_b m_b L_b^2}\). Entries are followed through all such operators in a row, so that
+    cutting a tensor in parts and joining them again costs nothing.
+    """
+    data, numbers = _SELECTIONS[call.operator]
+    _check_constant(call, data)
+    sources = _sources(call, data)
+    bases: dict[object, Origin] = {}
+    indices: dict[int, Tensor] = {}
+    offset = 0
+    offsets: dict[object, int] = {}
+    for source in sources:
+        origin = source.origin or _itself(source)
+        if origin.base not in bases:
+            bases[origin.base], offsets[origin.base] = origin, offset
+            offset += origin.size
+        shift = offsets[origin.base]
+        indices[id(source)] = torch.where(origin.index >= 0, origin.index + shift, _CONSTANT)
+    index = _pushed(call, data, numbers, lambda source: indices[id(source)], _CONSTANT)
+    parts = index if isinstance(index, (tuple, list)) else (index,)
+    regions = _regions(call, data, sources, len(parts))
+    results = []
+    for part, region in zip(parts, regions, strict=True):
+        logs = [
+            base.log_lipschitz + 0.5 * math.log(most)
+            for key, base in bases.items()
+            if (most := _multiplicity(part, offsets[key], base.size)) > 0
+        ]
+        origin = None
+        if len(bases) == 1:
+            (base,) = bases.values()
+            origin = base._replace(index=part)
+        results.append(Dependent(log_root_sum_squares(logs), tuple(part.shape), region, origin))
+    return tuple(results) if isinstance(index, (tuple, list)) else results[0]
+
+
+for _operator in _SELECTIONS:
+    RULES[_operator] = selected
+
+
+@rule(
+    *(_aten.clone.default, _aten.contiguous.default, _aten.detach.default, _aten.alias.default),
+    *(_aten.lift_fresh_copy.default, _aten.detach_.default),
+)
+def same(call: Call) -> Dependent:
+    """The same value. `detach` keeps it, whatever becomes of gradients."""
+    return call.only("self")
+
+
+@rule(_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default)
+def converted(call: Call) -> Dependent:
+    """The same value in exact arithmetic; to integers it would jump."""
+    value = call.only("self")
+    dtype = call.arguments.get("dtype")
+    if dtype is not None and not dtype.is_floating_point:
+        raise NoRule(f"values become {dtype}, and jump")
+    return value
+
+
+@rule(_aten.dropout.default, _aten.alpha_dropout.default, _aten.feature_dropout.default)
+def dropout(call: Call) -> Dependent:
+    """The identity at evaluation."""
+    if call["train"]:
+        raise NoRule("dropout is active: put the model in evaluation mode")
+    return call.only("input")
+
+
+def _itself(source: Dependent) -> Origin:
+    return Origin(source, source.log_lipschitz, source.size, _counted(source))
+
+
+def _counted(source: Dependent) -> Tensor:
+    return torch.arange(source.size, dtype=torch.float64).reshape(source.shape)
+
+
+def _check_constant(call: Call, data: tuple[str, ...]) -> None:
+    others = [name for name, value in call.arguments.items() if name not in data and depends(value)]
+    if others:
+        raise NoRule(f"which entries it takes depends on the input, through {', '.join(others)}")
+
+
+def _sources(call: Call, data: tuple[str, ...]) -> list[Dependent]:
+    leaves = pytree.tree_leaves([call[name] for name in data])
+    return [leaf for leaf in leaves if isinstance(leaf, Dependent)]
+
+
+def _pushed(
+    call: Call,
+    data: tuple[str, ...],
+    numbers: tuple[str, ...],
+    of: Callable[[Dependent], Tensor],
+    constant: float | None,
+) -> Any:
+    """The value of the operator on other entries; `constant` takes the place of all constants, `None` keeps them."""
+
+    def other(leaf: Any) -> Any:
+        if isinstance(leaf, Dependent):
+            # A view of the graph need not be one of an expanded tensor.
+            return of(leaf).contiguous()
+        if isinstance(leaf, Tensor):
+            wide = leaf.detach().double()
+            return wide if constant is None else torch.full_like(wide, constant)
+        return leaf
+
+    arguments = dict(call.arguments)
+    for name in data:
+        arguments[name] = pytree.tree_map(other, arguments[name])
+    if constant is not None:
+        arguments |= dict.fromkeys(numbers, constant)
+    if call.operator is _aten.pad.default and arguments["mode"] != "constant":
+        arguments["value"] = None
+    positional = [arguments[a.name] for a in call.operator._schema.arguments if not a.kwarg_only]
+    named = {a.name: arguments[a.name] for a in call.operator._schema.arguments if a.kwarg_only}
+    return call.operator(*positional, **named)
+
+
+def _multiplicity(index: Tensor, first: int, size: int) -> int:
+    flat = index.flatten() - first
+    inside = flat[(flat >= 0) & (flat < size)].long()
+    return int(torch.bincount(inside).max()) if inside.numel() else 0
+
+
+def _regions(call: Call, data: tuple[str, ...], sources: list[Dependent], count: int) -> list[Region]:
+    if not any(source.region.is_known for source in sources):
+        return [Region()] * count
+    bounds = {}
+    for name, unknown in (("lower", -math.inf), ("upper", math.inf)):
+
+        def of(source: Dependent, name: str = name, unknown: float = unknown) -> Tensor:
+            known = getattr(source.region, name)
+            known = torch.tensor(unknown, dtype=torch.float64) if known is None else known
+            return known.expand(source.shape)
+
+        pushed = _pushed(call, data, (), of, None)
+        bounds[name] = list(pushed) if isinstance(pushed, (tuple, list)) else [pushed]
+    tokens = _token_bounds(call, data, sources, count) if len(sources) == 1 else [{}] * count
+    return [
+        Region(lower=lower, upper=upper, **more)
+        for lower, upper, more in zip(bounds["lower"], bounds["upper"], tokens, strict=True)
+    ]
+
+
+def _token_bounds(
+    call: Call, data: tuple[str, ...], sources: list[Dependent], count: int
+) -> list[dict[str, Tensor]]:
+    """Norms along the last axis, where each token of the value is made of tokens of the one source."""
+    (source,) = sources
+    given = {name: part for name in ("norm", "radius") if (part := getattr(source.region, name)) is not None}
+    if not given or not source.shape:
+        return [{}] * count
+    pushed = _pushed(call, data, _SELECTIONS[call.operator][1], _counted, _CONSTANT)
+    parts = pushed if isinstance(pushed, (tuple, list)) else (pushed,)
+    results = []
+    for part in parts:
+        bounds = {}
+        # Constants in between move no norm of a difference, but one of a value.
+        has_constants = bool((part < 0).any())
+        for name, known in given.items():
+            if part.dim() and part.numel() and not (name == "norm" and has_constants):
+                bounds[name] = _of_tokens(part, known.expand(*source.shape[:-1], 1).flatten(), source.shape[-1])
+        results.append(bounds)
+    return results
+
+
+def _of_tokens(index: Tensor, squares_root: Tensor, width: int) -> Tensor:
+    """√Σ of the squares over the tokens that meet; inf where an entry is there twice."""
+    ordered = index.sort(-1).values
+    first, second = ordered[..., 1:], ordered[..., :-1]
+    is_repeated = ((first == second) & (first >= 0)).any(-1, keepdim=True)
+    token = torch.where(ordered >= 0, torch.div(ordered, width, rounding_mode="floor"), _CONSTANT)
+    is_new = torch.cat([torch.ones_like(token[..., :1], dtype=torch.bool), token[..., 1:] != token[..., :-1]], -1)
+    known = squares_root[token.clamp(min=0).long()].square()
+    total = torch.where(is_new & (token >= 0), known, 0.0).sum(-1, keepdim=True).sqrt()
+    return torch.where(is_repeated, math.inf, total)
