@@ -1,12 +1,15 @@
 """Lipschitz constraints, training and certificates for Hugging Face models."""
 
+from hf_lipschitz.bounds import LipschitzBound
 from hf_lipschitz.calibration import calibrate
 from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, certified_accuracy
 from hf_lipschitz.configuration import LipschitzConfig, SmoothingConfig
 from hf_lipschitz.conversion import lipschitzify, materialized, merge
+from hf_lipschitz.deterministic import certify_deterministic
 from hf_lipschitz.integrations.lora import LipschitzLoraConfig, lipschitz_lora_config
 from hf_lipschitz.integrations.registration import register
 from hf_lipschitz.methods import register_method
+from hf_lipschitz.model_bounds import lipschitz_bound, verify_lipschitz
 from hf_lipschitz.pipelines import CertifiedClassificationPipeline
 from hf_lipschitz.report import LipschitzReport, inspect  # noqa: F401  not in __all__: the name of a stdlib module
 from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
@@ -24,6 +27,10 @@ __all__ = [
     "materialized",
     "merge",
     "register_method",
+    # bound
+    "LipschitzBound",
+    "lipschitz_bound",
+    "verify_lipschitz",
     # train
     "LipschitzTrainer",
     "LipschitzTrainingArguments",
@@ -34,6 +41,7 @@ __all__ = [
     "SmoothedClassifier",
     "SmoothingConfig",
     "certified_accuracy",
+    "certify_deterministic",
     # package
     "__version__",
 ]

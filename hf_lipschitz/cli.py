@@ -1,4 +1,4 @@
-"""The command line: hf-lipschitz demo | inspect | certify | merge | report."""
+"""The command line: hf-lipschitz demo | inspect | bound | certify | merge | report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -104,6 +104,34 @@ def inspect_command(model: Model) -> None:
 
 
 @app.command()
+def bound(
+    model: Model,
+    text: Annotated[str | None, typer.Option(help="A text, whose number of tokens the bound is for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image; the bound is then with respect to its pixels.")] = None,
+    radius: Annotated[float | None, typer.Option(help="For a bound on the ball of this radius around it.")] = None,
+    steps: Annotated[int, typer.Option(help="Of the attack that finds the lower bound; 0 leaves it out.")] = 20,
+    starts: Annotated[int, typer.Option(help="Inputs from which the attack climbs.")] = 8,
+    seed: int = 0,
+) -> None:
+    """Prints a sound upper bound of the Lipschitz constant of a whole model, what it is made of, and a lower bound.
+
+    Without a text or an image the inputs are random, made from the model's configuration.
+    """
+    with _one_line_errors():
+        from hf_lipschitz import lipschitz_bound, verify_lipschitz
+
+        loaded = _load(model).eval()
+        inputs, options = _example(model, loaded, text, image)
+        options["radius"] = radius
+        upper = lipschitz_bound(loaded, inputs, **options)
+        console.print(upper)
+        if steps > 0:
+            lower = verify_lipschitz(loaded, inputs, **options, starts=starts, steps=steps, seed=seed)
+            ratio = f", a ratio of {upper.value / lower:.3g}" if lower > 0 and upper.value < float("inf") else ""
+            console.print(f"an attack reached {lower:.4g}{ratio}", highlight=False)
+
+
+@app.command()
 def merge(model: Model, output: Annotated[Path, typer.Argument(help="Directory of the plain model.")]) -> None:
     """Writes a plain copy of a constrained model, which loads without this library."""
     with _one_line_errors():
@@ -125,14 +153,16 @@ def merge(model: Model, output: Annotated[Path, typer.Argument(help="Directory o
 def certify(
     model: Model,
     dataset: Annotated[str, typer.Argument(help="Hub id or local directory of labelled texts or images.")],
-    sigma: Annotated[float, typer.Option(help="Noise, in the unit of the input: pixels in [0, 1], or embeddings.")],
+    sigma: Annotated[
+        float, typer.Option(help="Noise, in the unit of the input: pixels in [0, 1], or embeddings; 0: deterministic.")
+    ] = 0.0,
     output: Annotated[Path, typer.Option(help="JSON lines file; an interrupted run goes on where it was.")] = Path(
         "results.jsonl"
     ),
     n0: Annotated[int, typer.Option(help="Samples that choose the class.")] = 100,
     n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 10_000,
     alpha: Annotated[float, typer.Option(help="Probability that one certificate is wrong.")] = 1e-3,
-    certificate: Annotated[str, typer.Option(help="two_class, one_class or lvm.")] = "two_class",
+    certificate: Annotated[str, typer.Option(help="two_class, one_class, lvm or deterministic.")] = "two_class",
     batch_size: Annotated[int, typer.Option(help="Noisy copies a forward pass.")] = 500,
     limit: Annotated[int | None, typer.Option(help="Certify the first so many held-out inputs.")] = None,
     seed: int = 0,
@@ -178,6 +208,29 @@ def report(
         if curve is not None:
             certified_accuracy_curve(found.certificates, labels, curve)
             console.print(f"curve written to {curve}")
+
+
+def _example(name: str, model: Any, text: str | None, image: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs for `forward`, and what else a bound needs to know of them."""
+    from hf_lipschitz.probes import probe_inputs
+
+    if text is not None and image is not None:
+        raise ValueError("give a text or an image, not both")
+    if text is not None:
+        from transformers import AutoTokenizer
+
+        return dict(AutoTokenizer.from_pretrained(name)(text, return_tensors="pt", truncation=True)), {}
+    if image is not None:
+        import numpy as np
+        import torch
+        from PIL import Image
+        from transformers import AutoImageProcessor
+
+        mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+        pixels = np.asarray(Image.open(image).convert(mode), dtype=np.float32) / 255
+        stack = torch.tensor(pixels).reshape(1, *pixels.shape[:2], -1).permute(0, 3, 1, 2)
+        return {"pixels": stack}, {"wrt": "pixels", "image_processor": AutoImageProcessor.from_pretrained(name)}
+    return {key: value[:1] if hasattr(value, "shape") else value for key, value in probe_inputs(model).items()}, {}
 
 
 def _load(model: str):  # noqa: ANN202  one of transformers' many classes

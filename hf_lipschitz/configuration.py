@@ -23,7 +23,7 @@ ACTIVATIONS = ("bounded", "maxmin")
 NUM_ITERATIONS = {"rescaling": 3, "aol": 1, "sll": 1}
 
 # Filled further by `hf_lipschitz.certification.procedures.register_certificate`, which imports this module.
-CERTIFICATES: list[str] = ["two_class", "one_class", "lvm"]
+CERTIFICATES: list[str] = ["two_class", "one_class", "lvm", "deterministic"]
 
 # Between these, sigma and every sample of the noise are normal float32 numbers.
 SIGMA_MIN, SIGMA_MAX = 2.0**-100, 2.0**120
@@ -227,7 +227,8 @@ class SmoothingConfig:
 
     Args:
         sigma (`float`):
-            Standard deviation of the Gaussian noise, in the unit of the input that is certified.
+            Standard deviation of the Gaussian noise, in the unit of the input that is certified. The default, 0, is
+            for `"deterministic"` alone.
         n0 (`int`, *optional*, defaults to `100`):
             Samples that choose the class. They are used for nothing else.
         n (`int`, *optional*, defaults to `10_000`):
@@ -240,6 +241,8 @@ class SmoothingConfig:
             Any integer; the noise is a function of (seed, example index, stage, block).
         certificate (`str`, *optional*, defaults to `"two_class"`):
             `"two_class"`, `"one_class"` (Cohen et al. 2019), `"lvm"` (Delattre et al. 2024) or a registered name.
+            `"deterministic"` certifies the classifier itself by its Lipschitz constant, without noise: `sigma` is 0,
+            and the samples are not read.
         simplex_map (`str`, *optional*, defaults to `"softmax"`):
             Map from logits to scores, used by certificates on scores: `"softmax"`, `"sparsemax"` or a registered name.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -249,7 +252,7 @@ class SmoothingConfig:
         `TypeError`, `ValueError`: a field has a wrong type or value; the message names the field and the fix.
     """
 
-    sigma: float
+    sigma: float = 0.0
     n0: int = 100
     n: int = 10_000
     alpha: float = 1e-3
@@ -267,7 +270,10 @@ class SmoothingConfig:
         for name in ("n0", "n", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not (SIGMA_MIN <= self.sigma <= SIGMA_MAX):
+        _check_name("certificate", self.certificate, CERTIFICATES)
+        if self.certificate == "deterministic" and self.sigma != 0:
+            raise ValueError(f"certificate='deterministic' has no noise: leave sigma out, got {self.sigma}.")
+        if self.certificate != "deterministic" and not (SIGMA_MIN <= self.sigma <= SIGMA_MAX):
             raise ValueError(
                 f"sigma must be positive and representable in float32 ({SIGMA_MIN} to {SIGMA_MAX}), got {self.sigma}."
             )
@@ -278,7 +284,6 @@ class SmoothingConfig:
             )
         if not (0 < self.temperature < math.inf):
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}.")
-        _check_name("certificate", self.certificate, CERTIFICATES)
         _check_name("simplex_map", self.simplex_map, SIMPLEX_MAPS)
 
     def to_dict(self) -> dict[str, Any]:

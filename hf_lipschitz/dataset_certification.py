@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from hf_lipschitz.certification import Certificate, ResultsWriter, read_results
-from hf_lipschitz.conversion import materialized
+from hf_lipschitz.fingerprints import fingerprint
 from hf_lipschitz.pipelines import CertifiedClassificationPipeline
 from hf_lipschitz.version import __version__
 
@@ -92,16 +89,6 @@ def certify_dataset(
         if writer is not None:
             writer.close()
     return done
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names and values of a model's effective weights and buffers."""
-    digest = hashlib.sha256()
-    with materialized(model) as plain:
-        for name, tensor in sorted(plain.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_order(certificates: list[Certificate], output: str | os.PathLike[str]) -> None:

@@ -72,7 +72,7 @@ def lipschitz_bound(
         print(bound)   # what it is made of, and what to do about it
         lipschitz_bound(model, {"pixel_values": x}, radius=0.1).value
     """
-    function, inputs, wrt = _function(model, example_inputs, wrt, output, image_processor)
+    function, inputs, wrt = function_of(model, example_inputs, wrt, output, image_processor)
     if radius is None and center is not None:
         raise ValueError("center needs a radius: the ball on which the bound is to hold")
     if radius is not None and center is None:
@@ -121,7 +121,7 @@ def verify_lipschitz(
     check_model(model)
     with materialized(model, copy=True) as plain:
         wide = plain.double()
-    function, inputs, wrt = _function(wide, _wide(example_inputs), wrt, output, image_processor)
+    function, inputs, wrt = function_of(wide, _wide(example_inputs), wrt, output, image_processor)
     if radius is None and center is not None:
         raise ValueError("center needs a radius: the ball on which the bound is to hold")
     start = inputs[wrt] if center is None else center.double()
@@ -137,7 +137,7 @@ def verify_lipschitz(
 
 def graph_of(function: nn.Module, inputs: Mapping[str, Any], wrt: str | None) -> BoundedGraph:
     """The exported graph, with norms written out by hand as single nodes."""
-    return BoundedGraph(function, inputs, wrt=wrt, stand_ins=_norms_by_hand(function))
+    return BoundedGraph(function, inputs, wrt=wrt, stand_ins=_norms_by_hand(function), prefix="model.")
 
 
 class _Output(nn.Module):
@@ -177,13 +177,14 @@ def _tensors(found: Any) -> tuple[Tensor, ...]:
     return tuple(tensor for part in found for tensor in _tensors(part))
 
 
-def _function(
+def function_of(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     wrt: str | None,
     output: str | None,
     image_processor: Any,
-) -> tuple[_Output, dict[str, Any], str]:
+) -> tuple[nn.Module, dict[str, Any], str]:
+    """The model as a module from named inputs to the chosen output, those inputs, and the name of the chosen one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     inputs = _named(model, example_inputs)

@@ -14,6 +14,8 @@ from transformers.image_utils import load_image
 from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier
 from hf_lipschitz.configuration import SmoothingConfig
 from hf_lipschitz.conversion import materialized
+from hf_lipschitz.deterministic import DETERMINISTIC, DeterministicClassifier
+from hf_lipschitz.fingerprints import fingerprint
 from hf_lipschitz.integrations.base_classifiers import PixelClassifier, base_classifier
 from hf_lipschitz.integrations.sharing import certify_in_shares
 
@@ -26,7 +28,10 @@ SMOOTHING_FIELDS = {field.name for field in dataclasses.fields(SmoothingConfig)}
 
 
 class CertifiedClassificationPipeline(Pipeline):
-    """Certified classification of texts and images by randomized smoothing; task `"certified-classification"`.
+    """Certified classification of texts and images; task `"certified-classification"`.
+
+    By randomized smoothing, or with `certificate="deterministic"` by the Lipschitz constant of the model, which must
+    then be finite: the bound is computed once for each shape of input, and anew when the weights change.
 
     Noise is added to the word embeddings of a text, or to the pixels of an image in [0, 1] after resizing and before
     normalisation. The radius is in that unit, which each certificate names. Inputs are certified one by one; what is
@@ -38,7 +43,7 @@ class CertifiedClassificationPipeline(Pipeline):
         tokenizer, image_processor:
             What prepares its inputs; `pipeline(...)` loads them with the model.
         smoothing (`SmoothingConfig`, *optional*):
-            Or its fields as keywords: `sigma` (needed), `n0`, `n`, `alpha`, `seed`, `certificate`, `simplex_map`,
+            Or its fields as keywords: `sigma` (needed, but for `"deterministic"`), `n0`, `n`, `alpha`, `seed`, `certificate`, `simplex_map`,
             `temperature`; `batch_size` is the number of noisy copies a forward pass. All may be given in a call as
             well.
         accelerator (`accelerate.Accelerator`, *optional*):
@@ -73,6 +78,7 @@ class CertifiedClassificationPipeline(Pipeline):
         self.accelerator = accelerator
         self.progress_bar = progress_bar
         self.base_classifier = base_classifier(self.model, self.tokenizer, self.image_processor)
+        self._deterministic: tuple[str, DeterministicClassifier] | None = None
 
     def _sanitize_parameters(
         self, smoothing: SmoothingConfig | None = None, **fields: Any
@@ -91,6 +97,8 @@ class CertifiedClassificationPipeline(Pipeline):
         return {"x": self.base_classifier.encode(inputs)}
 
     def _forward(self, model_inputs: dict[str, Tensor], *, index: int = 0, **fields: Any) -> Certificate:
+        if _config(fields).certificate == DETERMINISTIC:
+            return self._deterministic[1].certify(model_inputs["x"], index)
         smoothed = SmoothedClassifier(
             self.base_classifier, self.model.config.num_labels, _config(fields), unit=self.base_classifier.unit
         )
@@ -125,6 +133,8 @@ class CertifiedClassificationPipeline(Pipeline):
                 Smoothing fields, in the place of the pipeline's own.
         """
         fields = self._fields(batch_size, **kwargs)
+        if _config(fields).certificate == DETERMINISTIC:
+            self._bind_weights()
         show = self.progress_bar if progress_bar is None else progress_bar
 
         def certify(item: Any, position: int) -> Certificate:
@@ -149,6 +159,12 @@ class CertifiedClassificationPipeline(Pipeline):
         batch = batch_size if batch_size is not None else self._batch_size
         return fields if batch is None else {**fields, "batch_size": batch}
 
+    def _bind_weights(self) -> None:
+        """Keeps the bounds of the weights that the model has at present, and no others."""
+        present = fingerprint(self.model)
+        if self._deterministic is None or self._deterministic[0] != present:
+            self._deterministic = (present, DeterministicClassifier(self.base_classifier, self.base_classifier.unit))
+
     def _certify_list(self, inputs: Sequence[Any], first: int, certify: Any, show: bool) -> list[Certificate]:
         is_main = self.accelerator is None or self.accelerator.is_main_process
         with tqdm(total=len(inputs), desc="certifying", disable=not (show and is_main)) as bar:
@@ -168,7 +184,7 @@ class CertifiedClassificationPipeline(Pipeline):
 
 
 def _config(fields: dict[str, Any]) -> SmoothingConfig:
-    if "sigma" not in fields:
+    if "sigma" not in fields and fields.get("certificate") != DETERMINISTIC:
         raise ValueError("sigma is missing: pass sigma=..., the standard deviation of the noise, in the input's unit")
     return SmoothingConfig(**fields)
 

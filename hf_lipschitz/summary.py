@@ -51,10 +51,8 @@ class CertificationSummary:
         table.add_column("95 % interval", justify="right")
         for row in self.rows:
             table.add_row(f"{row.radius:g}", f"{row.accuracy:.1%}", f"{row.low:.1%} to {row.high:.1%}")
-        table.caption = (
-            f"{self.method}, sigma {self.sigma:g}, n {self.n:,}, alpha {self.alpha:g}; {self.abstained} abstentions, "
-            f"median radius {self.median_radius:.3g}"
-        )
+        noise = f", sigma {self.sigma:g}, n {self.n:,}, alpha {self.alpha:g}" if self.n else ""
+        table.caption = f"{self.method}{noise}; {self.abstained} abstentions, median radius {self.median_radius:.3g}"
         return table
 
 

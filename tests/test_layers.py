@@ -16,7 +16,10 @@ LAYERS = [
     ["configuration"],
     ["nn", "bounds", "certification"],
     ["probes", "holders", "dataflow", "matching", "methods", "model_config"],
-    ["blocks", "replacements", "conversion", "calibration", "report", "pipelines", "integrations", "training"],
+    [
+        *("blocks", "replacements", "conversion", "calibration", "report", "fingerprints", "model_bounds"),
+        *("deterministic", "pipelines", "integrations", "training"),
+    ],
     ["dataset_certification", "summary", "plots", "model_card"],
     ["demo"],
     ["cli"],

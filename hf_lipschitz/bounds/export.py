@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,10 @@ def check_model(model: nn.Module) -> None:
     """Raises a ValueError where the model is in training mode or has NaN or inf among its weights."""
     for name, module in model.named_modules():
         if module.training:
-            raise ValueError(f"the model, or a module of it ({name or 'the model itself'}), is in training mode: call "
-                             "model.eval() first")
+            raise ValueError(
+                f"the model, or a module of it ({name or 'the model itself'}), is in training mode: call "
+                "model.eval() first"
+            )
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{key} is on the meta device and has no data: load the model first")
@@ -58,7 +61,9 @@ def exported(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProgram:
     Raises:
         Exception: of many kinds, where torch.export cannot follow the model.
     """
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # Of torch's own copies of its tree specifications.
+        warnings.simplefilter("ignore", FutureWarning)
         program = torch.export.export(model, (), dict(inputs), strict=False)
         return program.run_decompositions({_aten.einsum.default: _einsum})
 

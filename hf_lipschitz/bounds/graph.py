@@ -35,6 +35,8 @@ class BoundedGraph:
             The input; defaults to the only floating-point one.
         stand_ins (`Mapping[str, Module]`, *optional*):
             By name of a module, one with a rule of its own (`module_rule`) that computes the same.
+        prefix (`str`, *optional*):
+            Left out of the names of modules in what is printed.
 
     Raises:
         TypeError: `wrt` is not a floating-point tensor.
@@ -49,9 +51,11 @@ class BoundedGraph:
         *,
         wrt: str | None = None,
         stand_ins: Mapping[str, nn.Module] | None = None,
+        prefix: str = "",
     ) -> None:
         self.wrt = chosen_input(inputs, wrt)
         check_model(model)
+        self._inputs = dict(inputs)
         self._shape = tuple(inputs[self.wrt].shape)
         with torch.no_grad():
             model(**inputs)
@@ -64,7 +68,7 @@ class BoundedGraph:
                 advice = "control flow that depends on data has no graph: rewrite it, or load another implementation"
                 self._refusal = Cost("torch.export", type(model).__name__, "", math.inf, reason, advice)
                 return
-        self._interpreter = Interpreter(program, self.wrt, {**inputs, **state_of(program)}, modules)
+        self._interpreter = Interpreter(program, self.wrt, {**inputs, **state_of(program)}, modules, prefix)
 
     def bound(self, *, center: Tensor | None = None, radius: float | None = None) -> LipschitzBound:
         """The bound for all inputs, or for those within `radius` of `center`.
@@ -97,6 +101,12 @@ class BoundedGraph:
             raise ValueError(str(self._refusal))
         return self._interpreter.walk(self._ball(center, radius))
 
+    def fits(self, x: Tensor, others: Mapping[str, Any]) -> bool:
+        """Whether the bounds are for inputs like x as well, with these other inputs."""
+        if tuple(x.shape) != self._shape or set(others) != set(self._inputs) - {self.wrt}:
+            return False
+        return all(_is_same(value, self._inputs[name]) for name, value in others.items())
+
     def _ball(self, center: Tensor | None, radius: float | None) -> Ball | None:
         if center is None and radius is None:
             return None
@@ -113,6 +123,12 @@ class BoundedGraph:
         if not bool(torch.isfinite(center).all()):
             raise ValueError("center holds NaN or inf")
         return Ball(center, float(radius))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
+    return type(a) is type(b) and a == b
 
 
 def graph_bound(

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from hf_lipschitz.bounds.advice import advice_for
 from hf_lipschitz.bounds.export import on_cpu
 from hf_lipschitz.bounds.logs import exponential, log_root_sum_squares
-from hf_lipschitz.bounds.registry import MODULE_RULES, RULES, Call, NoRule, Norms
 from hf_lipschitz.bounds.regions import Region, settled
+from hf_lipschitz.bounds.registry import MODULE_RULES, RULES, Call, Norms, NoRule
 from hf_lipschitz.bounds.result import Cost
 from hf_lipschitz.bounds.rules.modules import at
 from hf_lipschitz.bounds.values import Dependent
@@ -33,6 +33,7 @@ _aten = torch.ops.aten
 _BY_SHAPE = {
     *(_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default),
     *(_aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default),
+    *(_aten.empty_like.default, _aten.new_empty.default, _aten.sym_size.int),
 }
 
 
@@ -76,12 +77,20 @@ class Interpreter:
             The values of the other inputs of the graph, by name.
         modules (`Mapping[int, Module]`):
             Those that are single nodes.
+        prefix (`str`, *optional*):
+            Left out of the names of modules.
     """
 
     def __init__(
-        self, program: ExportedProgram, wrt: str, constants: Mapping[str, Any], modules: Mapping[int, nn.Module]
+        self,
+        program: ExportedProgram,
+        wrt: str,
+        constants: Mapping[str, Any],
+        modules: Mapping[int, nn.Module],
+        prefix: str = "",
     ) -> None:
         self.program, self.wrt, self.constants, self.modules = program, wrt, constants, modules
+        self.prefix = prefix
         self.norms = Norms()
 
     @torch.no_grad()
@@ -135,7 +144,9 @@ class Interpreter:
             center = self._ball.center.detach().to("cpu", torch.float64)
             return Dependent(0.0, shape, settled(Region(center=center), shape, self._ball.radius))
         if node.name not in self.constants:
-            raise ValueError(f"the exported graph has an input {node.name!r}: pass inputs as a flat mapping of tensors")
+            raise ValueError(
+                f"the exported graph has an input {node.name!r}: pass inputs as a flat mapping of tensors"
+            )
         return on_cpu(self.constants[node.name])
 
     def _known(self, argument: Any) -> Any:
@@ -215,17 +226,22 @@ class Interpreter:
         return Dependent(math.inf, _shape(node))
 
     def _blamed(self, ends: list[Node]) -> tuple[Cost, ...]:
-        """The refusals on the way to an output, in the order of the graph."""
-        before: set[Node] = set()
-        waiting = list(ends)
+        """The refusals on the way to an output that are not the consequence of others, in the order of the graph."""
+        on_the_way, waiting = set(), list(ends)
         while waiting:
             node = waiting.pop()
-            if node not in before:
-                before.add(node)
+            if node not in on_the_way:
+                on_the_way.add(node)
                 waiting += node.all_input_nodes
-        return tuple(
-            self._cost(node, math.inf, reason) for node, reason in self._refusals.items() if node in before
-        )
+        tainted: set[Node] = set()
+        costs = []
+        for node in self.program.graph.nodes:
+            is_consequence = any(source in tainted for source in node.all_input_nodes)
+            if is_consequence or node in self._refusals:
+                tainted.add(node)
+            if node in self._refusals and node in on_the_way and not is_consequence:
+                costs.append(self._cost(node, math.inf, self._refusals[node]))
+        return tuple(costs)
 
     def _chain(self, ends: list[Node], reached: Mapping[Node, float]) -> tuple[Cost, ...]:
         """From an output back along the largest constants; the factors multiply to the whole."""
@@ -242,6 +258,7 @@ class Interpreter:
     def _cost(self, node: Node, log_factor: float, reason: str = "") -> Cost:
         stack = node.meta.get("nn_module_stack") or {}
         module = next(reversed(stack.values()))[0] if stack else ""
+        module = module.removeprefix(self.prefix)
         operator_name = str(node.target)
         if node.target is WHOLE:
             operator_name = type(self.modules[node.args[1]]).__name__

@@ -18,6 +18,8 @@ Evaluate = Callable[[tuple[Tensor, ...], Tensor], "_State"]
 _UNITS, _MOST = 2.0**10, 0.5
 # Pairs that are nearer, relative to their norms, are not looked at: their differences are rounding.
 _NEAREST = 1e-4
+# Lengths of the differences that confirm derivatives, in the usual one for a function of the size of its argument.
+_DIFFERENCES, _DIFFERENCE_UNITS = (1.0, 1e-2, 1e-4), 4
 # A step grows after a success and shrinks after a failure.
 _FIRST, _GROW, _SHRINK = 0.5, 1.6, 0.3
 # Rounds of `steps` at most from the best of all starts, and of products that make its direction exact; and the growth
@@ -60,8 +62,11 @@ def lipschitz_lower_bound(
     Rounding: ratios are computed in the dtype of x. With ε = 1024 units of the coarser of the dtypes of x and f(x),
     0.5 at most, ‖J(y)v‖ is lowered by ε‖J(y)v‖, and ‖f(y) - f(z)‖ by ε(‖f(y)‖ + ‖f(z)‖) and by ε(‖y‖ + ‖z‖) times the
     ratio; pairs with ‖y - z‖ < 1e-4 (1e-8 + ‖y‖) are not used. That is generous for a well-conditioned function, and
-    no analysis of its arithmetic. ‖J(y)v‖ counts only if a central difference of `function` confirms J(y)v to the
-    fourth root of one unit, relative: at kinks, and beside a `detach`, autograd may give what is no derivative.
+    no analysis of its arithmetic.
+
+    From ‖J(y)v‖ the distance of J(y)v to the nearest of three central differences of `function` is also taken, and 4
+    units of rounding of that difference: at kinks, and beside a `detach`, what autograd gives may be no derivative. In
+    a ball these differences reach outside, by some 1e-5 of ‖y‖ at most in float64.
 
     Args:
         function (`Callable[[Tensor], Tensor]`):
@@ -75,9 +80,9 @@ def lipschitz_lower_bound(
         starts (`int`, *optional*, defaults to 8):
             Of each row.
         steps (`int`, *optional*, defaults to 20):
-            Of each of the two ascents of each start.
+            Of each of the two ascents of each start, and of each round in which the best goes on.
         power_iterations (`int`, *optional*, defaults to 8):
-            Products with JᵀJ at the beginning of each start.
+            Products with JᵀJ at the beginning of each start, and of each round that makes the last v exact.
         seed (`int`, *optional*, defaults to 0):
             Of the noise. The global random state is not read.
 
@@ -168,7 +173,7 @@ class _Rows:
 
     def column(self, values: Tensor, like: Tensor) -> Tensor:
         """One value a row, in a shape that broadcasts with `like`."""
-        return values.reshape(self.count, *[1] * (like.dim() - 1))
+        return values.reshape((self.count, *[1] * (like.dim() - 1))[: like.dim()])
 
     def unit(self, t: Tensor) -> Tensor:
         """Rows of norm one; those of zeros, NaN and inf become zero."""
@@ -272,7 +277,7 @@ class _Search:
         if at_x.dim() == 0 or at_x.shape[0] != batch or not bool(torch.isfinite(at_x).all()):
             return False
         rows, number = _Rows(batch), torch.arange(batch, device=self.x.device)
-        noise = self._normal() * (self.radius or self.x.abs().max().item() or 1.0) / math.sqrt(self.x.numel())
+        noise = self._normal() * (self.radius or self.x.abs().max().item() or 1.0) / math.sqrt(4 * self.x.numel())
         for bit in range((batch - 1).bit_length()):
             for side in (0, 1):
                 is_moved = (number >> bit) & 1 == side
@@ -367,7 +372,7 @@ class _Search:
         factor = torch.full_like(state.values, _FIRST)
         for _ in range(self.steps):
             trial = evaluate(self._moved(state, factor), state.v)
-            factor = factor * torch.where(trial.values > state.values, _GROW, _SHRINK)
+            factor = torch.where(trial.values > state.values, _GROW * factor, _SHRINK * factor)
             state = state.better(trial, self.rows)
         return state
 
@@ -442,16 +447,17 @@ class _Search:
         return max(0.0, (rise - loss) / distance) if math.isfinite(rise) else 0.0
 
     def _true_stretch(self, y: Tensor, v: Tensor) -> float:
-        """A lower bound of the constant from whole tensors, 0 if differences do not confirm the derivative."""
+        """A lower bound of the constant from whole tensors, 0 where differences do not confirm the derivative."""
         length = _norm(v)
         if length == 0.0:
             return 0.0
-        image = _Linearized(self.function, y).forwards(v).detach()
-        rise = _norm(image)
-        for scale in (1.0, 1e-2, 1e-4):
+        image = _Linearized(self.function, y).forwards(v)
+        rise, value = (1 - self.allowance) * _norm(image), 0.0
+        for scale in _DIFFERENCES:
             h = scale * self.eps ** (1 / 3) * (self.size.max().item() + _norm(y)) / length
-            high, low = y + h * v, y - h * v
-            difference = (self.values(high) - self.values(low)) / (2 * h)
-            if _norm(difference - image) <= self.eps**0.25 * rise:
-                return (1 - self.allowance) * rise / length
-        return 0.0
+            high, low = self.values(y + h * v), self.values(y - h * v)
+            rounding = (
+                _DIFFERENCE_UNITS * self.eps * (_norm(high) + _norm(low) + 2 * rise / length * _norm(y)) / (2 * h)
+            )
+            value = max(value, (rise - _norm((high - low) / (2 * h) - image) - rounding) / length)
+        return value

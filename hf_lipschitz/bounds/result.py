@@ -93,8 +93,11 @@ class LipschitzBound:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.headline(), style="bold")
-        if self.blame:
-            yield self._refusals() if self.log_value == math.inf else self._factors()
+        if self.log_value == math.inf:
+            yield _refusals(self.blame)
+        elif self.blame:
+            yield _by_kind(self.blame)
+            yield _by_node(self.blame)
 
     def headline(self) -> str:
         """The bound in one line."""
@@ -104,29 +107,43 @@ class LipschitzBound:
             return f"no finite Lipschitz constant is known{wrt}{where}"
         return f"Lipschitz constant at most {_number(self.log_value)}{wrt}{where}"
 
-    def _refusals(self) -> Table:
-        table = Table("module", "operator", "why", "what to do", title="Operators without a constant")
-        for cost in self.blame[:_ROWS]:
-            table.add_row(cost.module or "(model)", cost.operator, cost.reason, cost.advice)
-        self._end(table, len(self.blame) - _ROWS)
-        return table
 
-    def _factors(self) -> Table:
-        table = Table(title="What it is made of")
-        for column in ("module", "operator", "factor", "what to do"):
-            table.add_column(column, justify="right" if column == "factor" else "left")
-        shown = [cost for cost in self.blame if cost.log_factor > math.log(_LEAST_FACTOR)]
-        for cost in shown[:_ROWS]:
-            table.add_row(cost.module or "(model)", cost.operator, _number(cost.log_factor), cost.advice)
-        others = [cost.log_factor for cost in self.blame if cost not in shown[:_ROWS]]
-        if others:
-            table.add_row(f"{len(others)} others", "", _number(math.fsum(others)), "")
-        return table
+def _refusals(costs: tuple[Cost, ...]) -> Table:
+    table = Table(title="Where no constant is known")
+    for column in ("module", "operator", "why", "what to do"):
+        table.add_column(column, overflow="fold")
+    for cost in costs[:_ROWS]:
+        table.add_row(cost.module or "(model)", cost.operator, cost.reason, cost.advice)
+    if len(costs) > _ROWS:
+        table.add_row(f"{len(costs) - _ROWS} others", "", "", "")
+    return table
 
-    @staticmethod
-    def _end(table: Table, left: int) -> None:
-        if left > 0:
-            table.add_row(f"{left} others", "", "", "")
+
+def _by_kind(costs: tuple[Cost, ...]) -> Table:
+    table = Table(title="What it is made of: factors along the chain of largest constants")
+    for column, justify in (("operator", "left"), ("nodes", "right"), ("factor", "right"), ("what to do", "left")):
+        table.add_column(column, justify=justify, overflow="fold")
+    kinds: dict[str, list[Cost]] = {}
+    for cost in costs:
+        kinds.setdefault(cost.operator, []).append(cost)
+    totals = {kind: math.fsum(cost.log_factor for cost in group) for kind, group in kinds.items()}
+    for kind in sorted(totals, key=lambda kind: -totals[kind]):
+        if abs(totals[kind]) > math.log(_LEAST_FACTOR):
+            table.add_row(kind, str(len(kinds[kind])), _number(totals[kind]), kinds[kind][0].advice)
+    return table
+
+
+def _by_node(costs: tuple[Cost, ...]) -> Table:
+    table = Table(title="The most costly nodes")
+    for column, justify in (("module", "left"), ("operator", "left"), ("factor", "right")):
+        table.add_column(column, justify=justify, overflow="fold")
+    shown = [cost for cost in costs[:_ROWS] if cost.log_factor > math.log(_LEAST_FACTOR)]
+    for cost in shown:
+        table.add_row(cost.module or "(model)", cost.operator, _number(cost.log_factor))
+    if len(costs) > len(shown):
+        rest = math.fsum(cost.log_factor for cost in costs[len(shown) :])
+        table.add_row(f"{len(costs) - len(shown)} others", "", _number(rest))
+    return table
 
 
 def _number(log: float) -> str:

@@ -17,7 +17,7 @@ class Certificate:
     r"""
     With probability at least 1 - `alpha` over the noise drawn, the smoothed classifier returns `prediction` on the
     OPEN ball of `radius` around the input. The statement is about the smoothed classifier in exact arithmetic, not
-    about the base classifier.
+    about the base classifier. With `method="deterministic"` it is about the classifier itself, and certain.
 
     Args:
         prediction (`int`):
@@ -28,8 +28,9 @@ class Certificate:
             Norm of the ball, `"l2"`.
         unit (`str`):
             Unit of the radius and of `sigma`: what the noise was added to.
-        p_lower (`float`):
-            Lower confidence bound on the smoothed score of the candidate class, also on abstention.
+        p_lower (`float`, *optional*):
+            Lower confidence bound on the smoothed score of the candidate class, also on abstention; `None` if the
+            method has none.
         p_upper (`float`, *optional*):
             Upper confidence bound on the smoothed score of every other class; `None` if the method has none.
         alpha (`float`):
@@ -57,7 +58,7 @@ class Certificate:
     radius: float
     norm: str
     unit: str
-    p_lower: float
+    p_lower: float | None
     p_upper: float | None
     alpha: float
     n: int

@@ -40,7 +40,7 @@ class SmoothedClassifier:
             What the radius is measured in, written into each certificate.
 
     Raises:
-        `ValueError`: `num_classes` is below 2.
+        `ValueError`: `num_classes` is below 2, or the certificate is `"deterministic"`.
     """
 
     def __init__(
@@ -52,6 +52,11 @@ class SmoothedClassifier:
     ) -> None:
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(f"num_classes must be an int of at least 2, got {num_classes!r}.")
+        if config.certificate == "deterministic":
+            raise ValueError(
+                "certificate='deterministic' is about the classifier itself, not a smoothed one: use "
+                "certify_deterministic, or the pipeline."
+            )
         self.base_classifier = base_classifier
         self.num_classes = num_classes
         self.config = config

@@ -40,8 +40,9 @@ class PixelInput(nn.Module):
         resample = getattr(image_processor, "resample", 2)
         self.mode = _MODES.get(int(resample) if resample is not None else 2)
         if self.size is not None and self.mode is None:
-            raise ValueError(f"{self.processor} resamples by filter {resample}: resize the images yourself, and pass "
-                             "pixel_values")
+            raise ValueError(
+                f"{self.processor} resamples by filter {resample}: resize the images yourself, and pass pixel_values"
+            )
 
     def forward(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]
@@ -67,8 +68,10 @@ class PixelInput(nn.Module):
             if height <= width:
                 return edge, int(edge * width / height)
             return int(edge * height / width), edge
-        raise ValueError(f"{self.processor} resizes to {self.size}, which is not known here: resize the images "
-                         "yourself, and pass pixel_values")
+        raise ValueError(
+            f"{self.processor} resizes to {self.size}, which is not known here: resize the images "
+            "yourself, and pass pixel_values"
+        )
 
 
 def normalisation(processor: Any) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.bounds.logs import log_sum, scaled
-from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.rules.elementwise import channelwise
 from hf_lipschitz.bounds.values import Dependent
 

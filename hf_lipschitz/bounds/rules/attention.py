@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.bounds.logs import log_sum, scaled
-from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.values import Dependent
 
 
@@ -43,8 +43,8 @@ def attention(call: Call) -> Dependent:
     Everywhere on norms r_q, r_k, r_v: S_k ≤ r_k, S_v ≤ r_v, and P_ij ≤ 1/(1 + (m_i - 1)e^{-Δ_i}) for m_i visible keys
     and Δ_i = 2s‖q_i‖r_k plus the range of an additive mask; the keys may be shifted by any common vector. On a ball,
     with t_ij the most that a score moves, P_ij ≤ P⁰_ij e^{t_ij} / Σ_l P⁰_il e^{-t_il}, and S² is at most the norm of
-    Σ_j P_ij (k⁰_j - m)(k⁰_j - m)ᵀ plus what the radii of the keys add (Minkowski). The lesser of both is taken. Each key
-    that serves ρ heads counts √ρ. See MATH of [`hf_lipschitz.functional.attention.ball_attention_bound`].
+    Σ_j P_ij (k⁰_j - m)(k⁰_j - m)ᵀ plus what the radii of the keys add (Minkowski). The lesser of both is taken. Each
+    key that serves ρ heads counts √ρ. The proof of [`ball_attention_bound`] in `functional` is the same.
     """
     if call["dropout_p"]:
         raise NoRule("attention dropout is active: put the model in evaluation mode")
@@ -188,9 +188,7 @@ def _deviation(weights: Tensor, present: Tensor, tokens: _Tokens) -> Tensor:
     return norm + (weights @ tokens.radius.square()).sqrt()
 
 
-def _moved(
-    query: _Tokens, key: _Tokens, value: _Tokens, scale: float, spread_k: Tensor, spread_v: Tensor
-) -> Tensor:
+def _moved(query: _Tokens, key: _Tokens, value: _Tokens, scale: float, spread_k: Tensor, spread_v: Tensor) -> Tensor:
     """How far each output moves: the derivative above, along the way from the center."""
     by_value, by_key = (tokens.radius.amax(-2, keepdim=True) for tokens in (value, key))
     return by_value + scale * spread_v * (spread_k * query.radius + query.norm * by_key)

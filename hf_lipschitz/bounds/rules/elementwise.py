@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_lipschitz.bounds.logs import scaled
-from hf_lipschitz.bounds.registry import Call, NoRule, norm_of, rule
 from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.registry import Call, NoRule, norm_of, rule
 from hf_lipschitz.bounds.values import Dependent, Weighted
 
 
@@ -167,25 +167,19 @@ _CURVES: dict[object, Curve] = {
     _aten.relu.default: RELU,
     _aten.relu6.default: Curve(functional.relu6, 1.0, lambda a, b: ((b > 0) & (a < 6)).double()),
     _aten.tanh.default: Curve(torch.tanh, 1.0, peaks(lambda u: 1 - torch.tanh(u).square(), 0.0)),
-    _aten.sigmoid.default: Curve(
-        torch.sigmoid, 0.25, peaks(lambda u: torch.sigmoid(u) * (1 - torch.sigmoid(u)), 0.0)
-    ),
+    _aten.sigmoid.default: Curve(torch.sigmoid, 0.25, peaks(lambda u: torch.sigmoid(u) * (1 - torch.sigmoid(u)), 0.0)),
     _aten.abs.default: Curve(torch.abs, 1.0, turning=(0.0,)),
     _aten.neg.default: Curve(torch.neg, 1.0),
     _aten.silu.default: SILU,
     _aten.hardswish.default: Curve(_finite(functional.hardswish, 0.0, math.inf), 1.5, turning=(-3.0, -1.5)),
-    _aten.mish.default: Curve(
-        _finite(functional.mish, 0.0, math.inf), 1.088498162, turning=(-1.1924312,)
-    ),
+    _aten.mish.default: Curve(_finite(functional.mish, 0.0, math.inf), 1.088498162, turning=(-1.1924312,)),
     _aten.erf.default: Curve(
         torch.erf, 1.128379168, peaks(lambda u: 2 / math.sqrt(math.pi) * torch.exp(-u.square()), 0.0)
     ),
     _aten.exp.default: Curve(torch.exp, math.inf, lambda a, b: torch.exp(b)),
     _aten.log.default: Curve(torch.log, math.inf, lambda a, b: torch.where(a > 0, 1 / a, math.inf)),
     _aten.sqrt.default: Curve(torch.sqrt, math.inf, lambda a, b: torch.where(a > 0, 0.5 * a.rsqrt(), math.inf)),
-    _aten.rsqrt.default: Curve(
-        torch.rsqrt, math.inf, lambda a, b: torch.where(a > 0, 0.5 * a.pow(-1.5), math.inf)
-    ),
+    _aten.rsqrt.default: Curve(torch.rsqrt, math.inf, lambda a, b: torch.where(a > 0, 0.5 * a.pow(-1.5), math.inf)),
     _aten.reciprocal.default: Curve(
         torch.reciprocal,
         math.inf,
@@ -240,7 +234,9 @@ def elu(call: Call) -> Dependent:
     def function(u: Tensor) -> Tensor:
         return torch.where(u > 0, scale * u, scale * alpha * torch.expm1(below * u.clamp(max=0)))
 
-    return through(call.only("self"), Curve(function, abs(scale) * max(1.0, abs(alpha * below)), None, (0.0,)), call.shape)
+    return through(
+        call.only("self"), Curve(function, abs(scale) * max(1.0, abs(alpha * below)), None, (0.0,)), call.shape
+    )
 
 
 @rule(_aten.softplus.default)
@@ -249,9 +245,7 @@ def softplus(call: Call) -> Dependent:
     if float(call["beta"]) <= 0 or float(call["threshold"]) < 20:
         raise NoRule(f"softplus with beta={call['beta']} and threshold={call['threshold']} jumps")
     beta = float(call["beta"])
-    curve = Curve(
-        lambda u: functional.softplus(u, beta), 1.0, lambda a, b: torch.sigmoid(beta * b) * (1 + 1e-12)
-    )
+    curve = Curve(lambda u: functional.softplus(u, beta), 1.0, lambda a, b: torch.sigmoid(beta * b) * (1 + 1e-12))
     return through(call.only("self"), curve, call.shape)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_lipschitz.bounds.logs import log_sum, scaled
-from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.values import Dependent, Weighted
 from hf_lipschitz.functional.geometry import conv_geometry
 

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from hf_lipschitz.bounds.registry import Call, module_rule
 from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.registry import Call, module_rule
 from hf_lipschitz.bounds.rules.norms import Normalization, grouped, normalised
 from hf_lipschitz.bounds.values import Dependent
 from hf_lipschitz.nn.activations import GroupSort, MaxMin, SlopeCorrected

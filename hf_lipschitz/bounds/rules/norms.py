@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lipschitz.bounds.registry import Call, NoRule, rule
-from hf_lipschitz.bounds.regions import Region
-from hf_lipschitz.bounds.rules.elementwise import channelwise
 from hf_lipschitz.bounds.logs import scaled
+from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.registry import Call, NoRule, rule
+from hf_lipschitz.bounds.rules.elementwise import channelwise
 from hf_lipschitz.bounds.values import Dependent
 from hf_lipschitz.nn.gains import centred_norm, gain_of, largest_gain
 
@@ -97,9 +97,7 @@ def group_norm(call: Call) -> Dependent:
     return grouped(call, value, call["num_groups"], call["weight"], call["eps"], 0.0)
 
 
-def grouped(
-    call: Call, value: Dependent, groups: int, weight: Tensor | None, eps: float, floor: float
-) -> Dependent:
+def grouped(call: Call, value: Dependent, groups: int, weight: Tensor | None, eps: float, floor: float) -> Dependent:
     """A layer norm of each group of channels with all their positions, and then one factor a channel."""
     if eps <= 0 and floor <= 0:
         raise NoRule("without eps or a floor its slope grows without bound")
@@ -107,7 +105,9 @@ def grouped(
     least = torch.zeros((), dtype=torch.float64)
     offsets = value.region.offsets()
     if offsets is not None:
-        center, moved = (x.expand(value.shape).reshape(value.shape[0], groups, -1) for x in (value.region.center, offsets))
+        center, moved = (
+            x.expand(value.shape).reshape(value.shape[0], groups, -1) for x in (value.region.center, offsets)
+        )
         spread = torch.linalg.vector_norm(center - center.mean(-1, keepdim=True), dim=-1)
         least = (spread - torch.linalg.vector_norm(moved, dim=-1)).clamp(min=0) / math.sqrt(width)
     least = (least.square() + eps).sqrt().clamp(min=floor) * (1 - 1e-12)

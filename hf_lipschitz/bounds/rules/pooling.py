@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_lipschitz.bounds.registry import RULES, Call, NoRule
 from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.registry import RULES, Call, NoRule
 from hf_lipschitz.bounds.values import Dependent
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hf_lipschitz.bounds.logs import log_root_sum_squares
-from hf_lipschitz.bounds.registry import RULES, Call, NoRule, depends, rule
 from hf_lipschitz.bounds.regions import Region
-from hf_lipschitz.bounds.values import Dependent, Origin
+from hf_lipschitz.bounds.registry import RULES, Call, NoRule, depends, rule
+from hf_lipschitz.bounds.values import Dependent, Origin, Weighted
 
 
 _aten = torch.ops.aten
@@ -46,9 +47,7 @@ _SELECTIONS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
     _aten.slice_scatter.default: (("self", "src"), ()),
     _aten.select_scatter.default: (("self", "src"), ()),
 }
-# im2col and upsampling to the nearest take entries, too, under another name of the argument.
 _SELECTIONS[_aten.im2col.default] = (("self",), ())
-_SELECTIONS[_aten.upsample_nearest2d.vec] = (("input",), ())
 
 
 def selected(call: Call) -> Dependent | tuple[Dependent, ...]:
@@ -87,6 +86,8 @@ def selected(call: Call) -> Dependent | tuple[Dependent, ...]:
             (base,) = bases.values()
             origin = base._replace(index=part)
         results.append(Dependent(log_root_sum_squares(logs), tuple(part.shape), region, origin))
+    if len(results) == 1 and len(sources) == 1 and sources[0].weighted is not None:
+        results = [dataclasses.replace(results[0], weighted=_weighted(call, data, sources[0], results[0]))]
     return tuple(results) if isinstance(index, (tuple, list)) else results[0]
 
 
@@ -119,6 +120,20 @@ def dropout(call: Call) -> Dependent:
     if call["train"]:
         raise NoRule("dropout is active: put the model in evaluation mode")
     return call.only("input")
+
+
+def _weighted(call: Call, data: tuple[str, ...], source: Dependent, result: Dependent) -> Weighted | None:
+    """Whole tokens of a linear layer, each at most once, come from the same tokens of its argument."""
+    weighted = source.weighted
+    is_dense = weighted.geometry is None and weighted.axis == -1 and source.shape and result.shape
+    if not is_dense or result.shape[-1] != source.shape[-1]:
+        return None
+    width = source.shape[-1]
+    index = _pushed(call, data, _SELECTIONS[call.operator][1], _counted, _CONSTANT)
+    is_whole = bool((index.remainder(width) == torch.arange(width)).all()) and bool((index >= 0).all())
+    tokens = torch.div(index, width, rounding_mode="floor")
+    is_one = bool((tokens == tokens[..., :1]).all()) and tokens[..., 0].unique().numel() == tokens[..., 0].numel()
+    return weighted if is_whole and is_one else None
 
 
 def _itself(source: Dependent) -> Origin:
@@ -196,9 +211,7 @@ def _regions(call: Call, data: tuple[str, ...], sources: list[Dependent], count:
     ]
 
 
-def _token_bounds(
-    call: Call, data: tuple[str, ...], sources: list[Dependent], count: int
-) -> list[dict[str, Tensor]]:
+def _token_bounds(call: Call, data: tuple[str, ...], sources: list[Dependent], count: int) -> list[dict[str, Tensor]]:
     """Norms along the last axis, where each token of the value is made of tokens of the one source."""
     (source,) = sources
     given = {name: part for name in ("norm", "radius") if (part := getattr(source.region, name)) is not None}
