@@ -38,10 +38,11 @@ def certify_deterministic(
 ) -> list[Certificate]:
     r"""Certifies the model itself, without noise and without a probability: one certificate a row.
 
-    With A the predicted class, \(r = \min_{j \ne A} (z_A - z_j) / L_{Aj}\), L_{Aj} a **sound bound** of the constant of
-    z_A - z_j: \(\|w_A - w_j\|\) times that of the features where the logits come from a linear head with rows w, and at
-    most √2 times that of all logits. No input in the open ball of radius r around the row has another prediction; a
-    tie has radius 0. It holds for the function in exact arithmetic: logits are those of the model in its dtype.
+    With A the predicted class, \(r = \min_{j \ne A} (z_A - z_j) / L_{Aj}\), L_{Aj} a **sound bound** of the constant
+    of z_A - z_j: \(\|w_A - w_j\|\) times that of the features where the logits come from a linear head with rows w,
+    and at most √2 times that of all logits. No input in the open ball of radius r around the row has another
+    prediction; a tie has radius 0. It holds for the function in exact arithmetic: logits are those of the model in its
+    dtype.
 
     Args:
         model (`torch.nn.Module`):
@@ -63,9 +64,8 @@ def certify_deterministic(
         TypeError, ValueError: as [`lipschitz_bound`]; the logits are no `(B, K)` with K ≥ 2, or not finite; the model
             has no finite constant, with the operators to blame.
     """
-    function, named, wrt = function_of(
-        model, inputs, wrt, "logits" if _has_named_logits(model) else None, image_processor
-    )
+    output = "logits" if hasattr(getattr(model, "config", None), "num_labels") else None
+    function, named, wrt = function_of(model, inputs, wrt, output, image_processor)
     unit = _UNITS.get(wrt, wrt)
     with materialized(model), torch.no_grad():
         logits = checked_logits(function(**named), len(named[wrt]))
@@ -229,7 +229,3 @@ def _graph_for(graphs: list[BoundedGraph], function: nn.Module, row: dict[str, A
             return graph
     graphs.append(graph_of(function, row, wrt))
     return graphs[-1]
-
-
-def _has_named_logits(model: nn.Module) -> bool:
-    return hasattr(model, "config") and hasattr(model.config, "num_labels")

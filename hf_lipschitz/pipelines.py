@@ -43,9 +43,9 @@ class CertifiedClassificationPipeline(Pipeline):
         tokenizer, image_processor:
             What prepares its inputs; `pipeline(...)` loads them with the model.
         smoothing (`SmoothingConfig`, *optional*):
-            Or its fields as keywords: `sigma` (needed, but for `"deterministic"`), `n0`, `n`, `alpha`, `seed`, `certificate`, `simplex_map`,
-            `temperature`; `batch_size` is the number of noisy copies a forward pass. All may be given in a call as
-            well.
+            Or its fields as keywords: `sigma` (needed, but for `"deterministic"`), `n0`, `n`, `alpha`, `seed`,
+            `certificate`, `simplex_map`, `temperature`; `batch_size` is the number of noisy copies a forward pass. All
+            may be given in a call as well.
         accelerator (`accelerate.Accelerator`, *optional*):
             Shares the inputs of a list over its processes. Every process returns the whole list, and the counts are
             those of one process.

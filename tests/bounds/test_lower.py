@@ -208,7 +208,7 @@ def test_a_function_that_works_in_place() -> None:
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.999), (torch.bfloat16, 0.2)])
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.999), (torch.bfloat16, 0.05)])
 def test_short_formats_lose_what_rounding_may_take(dtype: torch.dtype, least: float) -> None:
     weight, x = torch.diag(torch.tensor([1.0, 0.5, 0.25])).to(dtype), torch.randn(2, 3).to(dtype)
     assert least <= lipschitz_lower_bound(lambda y: y @ weight + 1, x, starts=2, steps=3) <= 1.0
