@@ -21,8 +21,26 @@ _BY_REASON: tuple[tuple[str, str], ...] = (
 )
 
 
-def advice_for(operator: str, reason: str) -> str:
-    """A few words; empty where there is nothing to do."""
+_SMALLER_BALLS = "smaller balls: BallRadii.set_radii, then training"
+
+
+def advice_for(operator: str, reason: str, *, is_clipped: bool, log_factor: float) -> str:
+    """A few words on a node; empty where there is nothing to do.
+
+    Args:
+        operator (`str`):
+            Of the node.
+        reason (`str`):
+            Why it has no constant, or empty.
+        is_clipped (`bool`):
+            Whether the attention of the model is clipped to balls.
+        log_factor (`float`):
+            What it costs.
+    """
     if reason:
         return next((text for part, text in _BY_REASON if part in reason), "")
+    if log_factor <= 0:
+        return ""
+    if is_clipped and operator.startswith("aten.scaled_dot_product_attention"):
+        return _SMALLER_BALLS
     return next((text for kinds, text in _ADVICE if operator.startswith(kinds)), "")

@@ -23,6 +23,7 @@ from hf_lipschitz.bounds.result import Cost
 from hf_lipschitz.bounds.rules.modules import at
 from hf_lipschitz.bounds.values import Dependent
 from hf_lipschitz.bounds.whole import WHOLE
+from hf_lipschitz.nn.attention import BallRadii
 
 
 # Relative rounding of one logarithm, exponential, sum or gain, generously.
@@ -262,7 +263,9 @@ class Interpreter:
         operator_name = str(node.target)
         if node.target is WHOLE:
             operator_name = type(self.modules[node.args[1]]).__name__
-        return Cost(node.name, operator_name, module, log_factor, reason, advice_for(operator_name, reason))
+        is_clipped = any(isinstance(inner, BallRadii) and inner.is_finite for inner in self.modules.values())
+        advice = advice_for(operator_name, reason, is_clipped=is_clipped, log_factor=log_factor)
+        return Cost(node.name, operator_name, module, log_factor, reason, advice)
 
 
 def _as_dependent(value: Tensor) -> Dependent:

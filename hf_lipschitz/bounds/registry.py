@@ -24,13 +24,19 @@ class Norms:
 
     def __init__(self) -> None:
         # The weights themselves are kept, for an id may be used again.
-        self._known: dict[tuple[int, ConvGeometry | None], tuple[Tensor, float]] = {}
+        self._known: dict[Any, tuple[Any, float]] = {}
 
     def of(self, weight: Tensor, geometry: ConvGeometry | None = None) -> float:
         """Of a matrix or kernel of the model, which is not changed meanwhile."""
-        key = (id(weight), geometry)
+        return self._of((id(weight), geometry), (weight,), weight, geometry)
+
+    def of_product(self, weight: Tensor, gain: Tensor, product: Tensor) -> float:
+        """Of a weight of the model with its columns multiplied by the gain of a norm, the same at each walk."""
+        return self._of((id(weight), *gain.tolist()), (weight,), product, None)
+
+    def _of(self, key: Any, kept: Any, weight: Tensor, geometry: ConvGeometry | None) -> float:
         if key not in self._known:
-            self._known[key] = (weight, norm_of(weight, geometry))
+            self._known[key] = (kept, norm_of(weight, geometry))
         return self._known[key][1]
 
 

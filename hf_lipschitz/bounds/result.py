@@ -129,7 +129,8 @@ def _by_kind(costs: tuple[Cost, ...]) -> Table:
     totals = {kind: math.fsum(cost.log_factor for cost in group) for kind, group in kinds.items()}
     for kind in sorted(totals, key=lambda kind: -totals[kind]):
         if abs(totals[kind]) > math.log(_LEAST_FACTOR):
-            table.add_row(kind, str(len(kinds[kind])), _number(totals[kind]), kinds[kind][0].advice)
+            advice = kinds[kind][0].advice if totals[kind] > 0 else ""
+            table.add_row(kind, str(len(kinds[kind])), _number(totals[kind]), advice)
     return table
 
 

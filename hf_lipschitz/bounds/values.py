@@ -41,6 +41,13 @@ class Weighted(NamedTuple):
     axis: int
 
 
+class Gained(NamedTuple):
+    """The value is g z + b entry by entry along the last axis, for a z of constant exp(`log_lipschitz`)."""
+
+    log_lipschitz: float
+    gain: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Dependent:
     """A tensor that depends on the chosen input x.
@@ -56,6 +63,8 @@ class Dependent:
             Where its entries come from, if they are entries of an earlier value.
         weighted (`Weighted`, *optional*):
             The linear layer that it comes from.
+        gained (`Gained`, *optional*):
+            The gain of the norm that it comes from.
     """
 
     log_lipschitz: float
@@ -63,6 +72,7 @@ class Dependent:
     region: Region = UNKNOWN
     origin: Origin | None = None
     weighted: Weighted | None = None
+    gained: Gained | None = None
 
     @property
     def size(self) -> int:

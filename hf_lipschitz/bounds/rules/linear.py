@@ -68,9 +68,15 @@ def matrix_product(call: Call) -> Dependent:
 
 
 def dense(call: Call, value: Dependent, weight: Tensor, bias: Tensor | None, norm: float) -> Dependent:
-    """W x + b along the last axis."""
+    """W x + b along the last axis; for x = g z + b' also the norm of W diag(g) times the constant of z."""
     region = _dense_region(value, weight, bias, norm) if value.region.is_known else Region()
-    return call.gives(value, norm, region, weighted=Weighted(value.log_lipschitz, weight, None, -1))
+    log, weighted = scaled(value.log_lipschitz, norm), Weighted(value.log_lipschitz, weight, None, -1)
+    if value.gained is not None:
+        product = weight.detach().to("cpu", torch.float64) * value.gained.gain
+        other = scaled(value.gained.log_lipschitz, call.norms.of_product(weight, value.gained.gain, product))
+        if other < log:
+            log, weighted = other, Weighted(value.gained.log_lipschitz, product, None, -1)
+    return Dependent(log, call.shape, region, weighted=weighted)
 
 
 def _dense_region(value: Dependent, weight: Tensor, bias: Tensor | None, norm: float) -> Region:

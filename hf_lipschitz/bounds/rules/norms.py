@@ -12,7 +12,7 @@ from hf_lipschitz.bounds.logs import scaled
 from hf_lipschitz.bounds.regions import Region
 from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.rules.elementwise import channelwise
-from hf_lipschitz.bounds.values import Dependent
+from hf_lipschitz.bounds.values import Dependent, Gained
 from hf_lipschitz.nn.gains import centred_norm, gain_of, largest_gain
 
 
@@ -70,7 +70,11 @@ def normalised(call: Call, value: Dependent, norm: Normalization) -> Dependent:
     radius = None
     if len(norm.shape) == 1 and value.region.radius is not None:
         radius = value.region.radius * slopes
-    return call.gives(value, slopes.max().item(), _image(norm, width, radius))
+    gained = None
+    if norm.weight is not None and len(norm.shape) == 1:
+        gain = gain_of(norm.weight, norm.offset).detach().to("cpu", torch.float64)
+        gained = Gained(scaled(value.log_lipschitz, (1 / least).max().item()), gain)
+    return call.gives(value, slopes.max().item(), _image(norm, width, radius), gained=gained)
 
 
 @rule(_aten.layer_norm.default)
