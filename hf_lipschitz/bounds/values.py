@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from hf_lipschitz.functional.geometry import ConvGeometry
 
 
 class Origin(NamedTuple):
-    """The entries of a value are entries of an earlier one, or constants.
+    """The entries of a value are sums of multiples of entries of an earlier one, and constants.
 
     Args:
         base (`object`):
@@ -22,14 +22,14 @@ class Origin(NamedTuple):
             Its constant.
         size (`int`):
             Its number of entries.
-        index (`Tensor`):
-            For each entry the position in it, -1 for constants; float64, for all operators take that.
+        terms (`tuple`):
+            Of [`Term`], see there.
     """
 
     base: object
     log_lipschitz: float
     size: int
-    index: Tensor
+    terms: tuple[Any, ...]
 
 
 class Weighted(NamedTuple):

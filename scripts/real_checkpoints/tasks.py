@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from efficientnet_lite0 import efficientnet_lite0, image_processor
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_lipschitz.demo.acts import prepared, text_act, vision_act
 from hf_lipschitz.demo.data import LabelledData, mnist, tweets
@@ -58,6 +58,26 @@ def efficientnet(data: LabelledData) -> tuple[PreTrainedModel, Any]:
     return model, image_processor(IMAGE_SIZE)
 
 
+def vit(data: LabelledData) -> tuple[PreTrainedModel, Any]:
+    """A ViT of four layers of width 64 on 49 patches, without pretrained weights."""
+    names = dict(enumerate(data.classes))
+    config = ViTConfig(
+        image_size=28,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+    )
+    processor = ViTImageProcessor(size={"height": 28, "width": 28}, image_mean=[0.1307], image_std=[0.3081])
+    return ViTForImageClassification(config), processor
+
+
 def fewer_digits() -> LabelledData:
     """1500 of the demo's MNIST digits to train on, and its 500 held-out ones, in three channels."""
     data = mnist()
@@ -78,6 +98,16 @@ TASKS = {
         epochs=3,
         learning_rate=2e-4,
         batch_size=16,
+        refresh_every=10,
+        training={"warmup_steps": 0.1},
+    ),
+    "vit": Task(
+        title="ViT on MNIST at 28 × 28 pixels",
+        load=mnist,
+        make=vit,
+        epochs=8,
+        learning_rate=1e-3,
+        batch_size=32,
         refresh_every=10,
         training={"warmup_steps": 0.1},
     ),

@@ -59,6 +59,12 @@ FUNCTIONS = {
     "token mean": (lambda m, x: m.first(x).mean(0), lambda a, b, n: a / n**0.5),
     "sum": (lambda m, x: m.first(x).sum(), lambda a, b, n: a * (6 * n) ** 0.5),
     "split": (lambda m, x: torch.stack(m.first(x).split(2, -1)), lambda a, *_: a),
+    "rotation": (
+        lambda m, x: (y := m.first(x)) * 0.6 + torch.cat([-y[..., 3:], y[..., :3]], -1) * 0.8,
+        lambda a, *_: a,
+    ),
+    "a sum of shifts": (lambda m, x: (y := m.first(x)) + y.roll(1, -1), lambda a, *_: 2 * a),
+    "a difference that cancels": (lambda m, x: (y := m.first(x)) - y.flip(-1).flip(-1), lambda *_: 0.0),
     "overlap": (lambda m, x: torch.cat([(y := m.first(x))[:, 1:], y[:, :4]], -1), lambda a, *_: a * 2**0.5),
     "matrix from the right": (lambda m, x: x[None] @ m.first.weight, lambda a, *_: a),
     "matrix from the left": (lambda m, x: m.first.weight @ x.mT, lambda a, *_: a),
@@ -225,13 +231,23 @@ def test_resnet_is_finite_and_above_its_jacobian() -> None:
     assert exact(Logits(), pixels) <= bound.value
 
 
-def test_bert_names_its_attention() -> None:
+def test_attention_on_unbounded_tokens_is_inf_and_named() -> None:
+    model = Function(lambda m, x: functional.scaled_dot_product_attention(m.first(x), m.second(x), x)).eval()
+    bound = graph_bound(model, {"x": torch.randn(1, 3, 6, dtype=torch.float64)})
+    assert bound.value == math.inf
+    assert [cost.operator for cost in bound.blame] == ["aten.scaled_dot_product_attention.default"]
+    assert "no bounded norm" in bound.blame[0].reason
+    assert "replace=('weights', 'attention')" in bound.blame[0].advice
+
+
+def test_the_factors_of_bert_multiply_to_the_whole() -> None:
     model = bert().eval()
     inputs = {"inputs_embeds": torch.randn(1, 5, model.config.hidden_size), "attention_mask": torch.ones(1, 5).long()}
     bound = graph_bound(model, inputs)
-    assert bound.value == math.inf
-    assert any("scaled_dot_product_attention" in refusal.operator for refusal in bound.blame)
-    assert any("attention" in refusal.reason for refusal in bound.blame)
+    assert sum(cost.log_factor for cost in bound.blame) == pytest.approx(bound.log_value, rel=1e-9)
+    assert bound.blame[0].operator == "aten.layer_norm.default"
+    assert "encoder.layer" in bound.blame[0].module
+    assert "replace=('weights', 'norms')" in str(bound)
 
 
 def test_bad_input() -> None:

@@ -12,7 +12,10 @@ from hf_lipschitz.bounds.logs import log_sum, scaled
 from hf_lipschitz.bounds.regions import Region
 from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.rules.elementwise import channelwise
-from hf_lipschitz.bounds.values import Dependent
+from hf_lipschitz.bounds.terms import added as added_terms
+from hf_lipschitz.bounds.terms import log_of_terms, origin_of
+from hf_lipschitz.bounds.terms import multiplied as multiplied_terms
+from hf_lipschitz.bounds.values import Dependent, Origin
 
 
 _aten = torch.ops.aten
@@ -40,7 +43,20 @@ def added(call: Call) -> Dependent:
     only = [value for value in (call["self"], call["other"]) if isinstance(value, Dependent)]
     if len(only) == 1 and only[0].shape == call.shape and weights["self" if only[0] is call["self"] else "other"] == 1:
         weighted = only[0].weighted
-    return Dependent(log_sum(terms), call.shape, Region(lower, upper, radius=radius), weighted=weighted)
+    log, origin = log_sum(terms), _origin_of_sum(call, weights)
+    if origin is not None and len(origin.terms) > 1:
+        log = min(log, log_of_terms(origin, origin.terms))
+    return Dependent(log, call.shape, Region(lower, upper, radius=radius), origin, weighted)
+
+
+def _origin_of_sum(call: Call, weights: dict[str, float]) -> Origin | None:
+    """Of two values of one base, or of one value and a constant."""
+    found = [
+        multiplied_terms(origin_of(value), torch.tensor(weight, dtype=torch.float64), call.shape)
+        for name, weight in weights.items()
+        if isinstance(value := call[name], Dependent)
+    ]
+    return found[0] if len(found) == 1 else added_terms(found[0], found[1], call.shape)
 
 
 @rule(_aten.mul.Tensor, _aten.mul.Scalar)
@@ -135,11 +151,21 @@ def times(call: Call, value: Dependent, factor: Any, lower: Tensor, upper: Tenso
         axis = value.weighted.axis % len(call.shape)
         is_by_channel = all(size == 1 or i == axis for i, size in enumerate(_aligned(factor, call.shape)))
         weighted = weighted if is_by_channel else None
+    origin = multiplied_terms(origin_of(value), factor, call.shape)
+    log = min(log, log_of_terms(origin, origin.terms))
     radius = None
     if value.region.radius is not None and value.shape == call.shape:
         largest = factor.abs().amax(-1, keepdim=True) if factor.dim() else factor.abs()
         radius = value.region.radius * largest
-    return Dependent(log, call.shape, Region(lower, upper, radius=radius), weighted=weighted)
+    return Dependent(log, call.shape, Region(lower, upper, radius=radius), origin, weighted)
+
+
+@rule(_aten.neg.default)
+def negated(call: Call) -> Dependent:
+    """The product with -1."""
+    value = call.only("self")
+    low, high = ends(value)
+    return times(call, value, -1.0, -high, -low)
 
 
 def ends(value: Any) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,6 @@ _CURVES: dict[object, Curve] = {
     _aten.tanh.default: Curve(torch.tanh, 1.0, peaks(lambda u: 1 - torch.tanh(u).square(), 0.0)),
     _aten.sigmoid.default: Curve(torch.sigmoid, 0.25, peaks(lambda u: torch.sigmoid(u) * (1 - torch.sigmoid(u)), 0.0)),
     _aten.abs.default: Curve(torch.abs, 1.0, turning=(0.0,)),
-    _aten.neg.default: Curve(torch.neg, 1.0),
     _aten.silu.default: SILU,
     _aten.hardswish.default: Curve(_finite(functional.hardswish, 0.0, math.inf), 1.5, turning=(-3.0, -1.5)),
     _aten.mish.default: Curve(_finite(functional.mish, 0.0, math.inf), 1.088498162, turning=(-1.1924312,)),

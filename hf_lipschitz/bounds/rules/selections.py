@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,11 @@ from torch.utils import _pytree as pytree
 from hf_lipschitz.bounds.logs import log_root_sum_squares
 from hf_lipschitz.bounds.regions import Region
 from hf_lipschitz.bounds.registry import RULES, Call, NoRule, depends, rule
+from hf_lipschitz.bounds.terms import CONSTANT, Term, counted, log_of_terms, origin_of
 from hf_lipschitz.bounds.values import Dependent, Origin, Weighted
 
 
 _aten = torch.ops.aten
-_CONSTANT = -1.0
 # Operator: the arguments that hold entries, and those that hold a number to fill in.
 _SELECTIONS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(
@@ -55,40 +56,65 @@ def selected(call: Call) -> Dependent | tuple[Dependent, ...]:
 
     An entry that is there m times gives √m, attained; values from different arguments, or earlier values of the graph,
     stand side by side, \(\sqrt{\sum_b m_b L_b^2}\). Entries are followed through all such operators in a row, so that
-    cutting a tensor in parts and joining them again costs nothing.
+    cutting a tensor in parts and joining them again costs nothing; see [`log_of_terms`].
     """
     data, numbers = _SELECTIONS[call.operator]
     _check_constant(call, data)
     sources = _sources(call, data)
-    bases: dict[object, Origin] = {}
-    indices: dict[int, Tensor] = {}
-    offset = 0
-    offsets: dict[object, int] = {}
-    for source in sources:
-        origin = source.origin or _itself(source)
-        if origin.base not in bases:
-            bases[origin.base], offsets[origin.base] = origin, offset
-            offset += origin.size
-        shift = offsets[origin.base]
-        indices[id(source)] = torch.where(origin.index >= 0, origin.index + shift, _CONSTANT)
-    index = _pushed(call, data, numbers, lambda source: indices[id(source)], _CONSTANT)
-    parts = index if isinstance(index, (tuple, list)) else (index,)
-    regions = _regions(call, data, sources, len(parts))
+    origins = {id(source): origin_of(source) for source in sources}
+    bases = {id(origin.base): origin for origin in origins.values()}
+    offsets = dict(zip(bases, itertools.accumulate([0, *(base.size for base in bases.values())]), strict=False))
+    most = max(len(origin.terms) for origin in origins.values())
+    terms = [_pushed_term(call, data, numbers, origins, offsets, number) for number in range(most)]
+    count = len(terms[0])
+    regions = _regions(call, data, sources, count)
     results = []
-    for part, region in zip(parts, regions, strict=True):
-        logs = [
-            base.log_lipschitz + 0.5 * math.log(most)
-            for key, base in bases.items()
-            if (most := _multiplicity(part, offsets[key], base.size)) > 0
-        ]
-        origin = None
-        if len(bases) == 1:
-            (base,) = bases.values()
-            origin = base._replace(index=part)
-        results.append(Dependent(log_root_sum_squares(logs), tuple(part.shape), region, origin))
-    if len(results) == 1 and len(sources) == 1 and sources[0].weighted is not None:
+    for number, region in enumerate(regions):
+        own = tuple(term[number] for term in terms)
+        logs = [log_of_terms(base, own, offsets[key]) for key, base in bases.items()]
+        origin = next(iter(bases.values()))._replace(terms=own) if len(bases) == 1 else None
+        results.append(Dependent(log_root_sum_squares(logs), tuple(own[0].index.shape), region, origin))
+    if count == 1 and len(sources) == 1 and sources[0].weighted is not None:
         results = [dataclasses.replace(results[0], weighted=_weighted(call, data, sources[0], results[0]))]
-    return tuple(results) if isinstance(index, (tuple, list)) else results[0]
+    return tuple(results) if count > 1 or _gives_tuple(call) else results[0]
+
+
+def _gives_tuple(call: Call) -> bool:
+    return call.operator in (
+        *(_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default, _aten.unbind.int),
+    )
+
+
+def _pushed_term(
+    call: Call,
+    data: tuple[str, ...],
+    numbers: tuple[str, ...],
+    origins: dict[int, Origin],
+    offsets: dict[int, int],
+    number: int,
+) -> list[Term]:
+    """One term of each entry of each part of the value."""
+
+    def term_of(source: Dependent) -> Term | None:
+        terms = origins[id(source)].terms
+        return terms[number] if number < len(terms) else None
+
+    def index(source: Dependent) -> Tensor:
+        term, shift = term_of(source), offsets[id(origins[id(source)].base)]
+        if term is None:
+            return torch.full(source.shape, CONSTANT, dtype=torch.float64)
+        return torch.where(term.index >= 0, term.index + shift, CONSTANT).expand(source.shape)
+
+    def factor(source: Dependent) -> Tensor:
+        term = term_of(source)
+        return torch.zeros(source.shape, dtype=torch.float64) if term is None else term.factor.expand(source.shape)
+
+    parts = [_as_list(_pushed(call, data, numbers, of, fill)) for of, fill in ((index, CONSTANT), (factor, 0.0))]
+    return [Term(*pair) for pair in zip(*parts, strict=True)]
+
+
+def _as_list(parts: Any) -> list[Tensor]:
+    return list(parts) if isinstance(parts, (tuple, list)) else [parts]
 
 
 for _operator in _SELECTIONS:
@@ -129,19 +155,11 @@ def _weighted(call: Call, data: tuple[str, ...], source: Dependent, result: Depe
     if not is_dense or result.shape[-1] != source.shape[-1]:
         return None
     width = source.shape[-1]
-    index = _pushed(call, data, _SELECTIONS[call.operator][1], _counted, _CONSTANT)
+    index = _pushed(call, data, _SELECTIONS[call.operator][1], lambda source: counted(source.shape), CONSTANT)
     is_whole = bool((index.remainder(width) == torch.arange(width)).all()) and bool((index >= 0).all())
     tokens = torch.div(index, width, rounding_mode="floor")
     is_one = bool((tokens == tokens[..., :1]).all()) and tokens[..., 0].unique().numel() == tokens[..., 0].numel()
     return weighted if is_whole and is_one else None
-
-
-def _itself(source: Dependent) -> Origin:
-    return Origin(source, source.log_lipschitz, source.size, _counted(source))
-
-
-def _counted(source: Dependent) -> Tensor:
-    return torch.arange(source.size, dtype=torch.float64).reshape(source.shape)
 
 
 def _check_constant(call: Call, data: tuple[str, ...]) -> None:
@@ -185,12 +203,6 @@ def _pushed(
     return call.operator(*positional, **named)
 
 
-def _multiplicity(index: Tensor, first: int, size: int) -> int:
-    flat = index.flatten() - first
-    inside = flat[(flat >= 0) & (flat < size)].long()
-    return int(torch.bincount(inside).max()) if inside.numel() else 0
-
-
 def _regions(call: Call, data: tuple[str, ...], sources: list[Dependent], count: int) -> list[Region]:
     if not any(source.region.is_known for source in sources):
         return [Region()] * count
@@ -217,7 +229,7 @@ def _token_bounds(call: Call, data: tuple[str, ...], sources: list[Dependent], c
     given = {name: part for name in ("norm", "radius") if (part := getattr(source.region, name)) is not None}
     if not given or not source.shape:
         return [{}] * count
-    pushed = _pushed(call, data, _SELECTIONS[call.operator][1], _counted, _CONSTANT)
+    pushed = _pushed(call, data, _SELECTIONS[call.operator][1], lambda source: counted(source.shape), CONSTANT)
     parts = pushed if isinstance(pushed, (tuple, list)) else (pushed,)
     results = []
     for part in parts:
@@ -236,7 +248,7 @@ def _of_tokens(index: Tensor, squares_root: Tensor, width: int) -> Tensor:
     ordered = index.sort(-1).values
     first, second = ordered[..., 1:], ordered[..., :-1]
     is_repeated = ((first == second) & (first >= 0)).any(-1, keepdim=True)
-    token = torch.where(ordered >= 0, torch.div(ordered, width, rounding_mode="floor"), _CONSTANT)
+    token = torch.where(ordered >= 0, torch.div(ordered, width, rounding_mode="floor"), CONSTANT)
     is_new = torch.cat([torch.ones_like(token[..., :1], dtype=torch.bool), token[..., 1:] != token[..., :-1]], -1)
     known = squares_root[token.clamp(min=0).long()].square()
     total = torch.where(is_new & (token >= 0), known, 0.0).sum(-1, keepdim=True).sqrt()
