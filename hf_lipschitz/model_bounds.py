@@ -118,8 +118,10 @@ def verify_lipschitz(
     Raises:
         TypeError, ValueError: as in [`lipschitz_bound`]; a number of rounds is below 1.
     """
-    check_model(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     with materialized(model, copy=True) as plain:
+        check_model(plain)
         wide = plain.double()
     function, inputs, wrt = function_of(wide, _wide(example_inputs), wrt, output, image_processor)
     if radius is None and center is not None:

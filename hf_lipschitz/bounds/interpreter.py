@@ -56,14 +56,19 @@ class Walk:
             log L of all outputs together, rounded up.
         costs (`tuple[Cost]`):
             See [`LipschitzBound`].
-        per_node (`dict[str, float]`):
-            log L by node.
+        values (`dict[str, Dependent | list[Dependent]]`):
+            All nodes that depend on the input, by name.
     """
 
     outputs: list[Dependent]
     log_value: float
     costs: tuple[Cost, ...]
-    per_node: dict[str, float]
+    values: dict[str, Any]
+
+    @property
+    def per_node(self) -> dict[str, float]:
+        """log L by node."""
+        return {name: _log_of(value) for name, value in self.values.items()}
 
 
 class Interpreter:
@@ -116,7 +121,7 @@ class Interpreter:
         log = log if math.isinf(log) else log + len(self._values) * _ROUNDING * (1 + abs(log))
         costs = self._blamed(ends) if log == math.inf else self._chain(ends, reached)
         found = [self._values[node] for node in ends]
-        return Walk(found, log, costs, {node.name: value for node, value in reached.items()})
+        return Walk(found, log, costs, {node.name: self._values[node] for node in reached})
 
     def _value(self, node: Node) -> Any:
         if node.op == "placeholder":
