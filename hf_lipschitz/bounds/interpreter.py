@@ -199,6 +199,8 @@ class Interpreter:
             return [self._settled(node, part, center) for part, center in zip(found, centers, strict=True)]
         # Saved statistics, as of a batch norm, stand beside the value.
         centers = centers[0] if isinstance(centers, (tuple, list)) else centers
+        if centers is not None and not centers.is_floating_point():
+            centers = None
         if centers is None and not found.region.is_known:
             return found
         reach = math.inf

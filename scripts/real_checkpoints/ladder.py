@@ -5,9 +5,11 @@
 
 The first rung is fine-tuned plainly. Norms and attention then get the constants that leave the training data as they
 are (`calibrate`), without training. The rungs below start from the first one, are annealed to constant 1 a layer in a
-share of the same number of steps, and are calibrated anew at the end. The bound is `lipschitz_bound` with respect to
-the word embeddings of one held-out text, or to the normalised pixels of one image; the attack is `verify_lipschitz`,
-and the radii are those of `certify_deterministic`. The settings were not chosen rung by rung.
+share of the same number of steps, and are calibrated anew at the end. The last rung also caps the radii of the balls
+and lifts the floors of the norms, to 1 by default, which the model has to learn to live with. The bound is
+`lipschitz_bound` with respect to the word embeddings of one held-out text, or to the normalised pixels of one image;
+the attack is `verify_lipschitz`, and the radii are those of `certify_deterministic`. The settings were not chosen rung
+by rung.
 """
 
 from __future__ import annotations
@@ -34,15 +36,21 @@ from transformers import HfArgumentParser, PreTrainedModel, PrinterCallback, log
 from hf_lipschitz import calibrate, certify_deterministic, lipschitz_bound, lipschitzify, verify_lipschitz
 from hf_lipschitz.demo.acts import trainer_of
 from hf_lipschitz.demo.data import LabelledData
+from hf_lipschitz.nn import BallRadii, FloorStdLayerNorm, FloorStdRMSNorm
 
 
 @dataclass
 class Arguments:
     model: str = field(default="minilm", metadata={"choices": ["minilm", "vit"]})
     seed: int = field(default=0)
+    rungs: list[int] = field(
+        default_factory=lambda: list(range(7)), metadata={"help": "by number; 0, from which the others start, always"}
+    )
     epochs: float | None = field(default=None, metadata={"help": "default: those of the model's task"})
     constant: float = field(default=1.0, metadata={"help": "of each layer, from the fourth rung on"})
     schedule_ratio: float = field(default=0.4, metadata={"help": "share of the steps until the constant is reached"})
+    ball: float = field(default=1.0, metadata={"help": "largest radius of the balls on the last rung"})
+    floor: float = field(default=1.0, metadata={"help": "least floor of the norms on the last rung"})
     radii: int = field(default=16, metadata={"help": "held-out inputs that are certified"})
     starts: int = field(default=4, metadata={"help": "of the attack"})
     steps: int = field(default=10, metadata={"help": "of the attack"})
@@ -52,20 +60,22 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Rung:
-    """What is replaced, and whether the layers are annealed to the constant."""
+    """What is replaced, and whether the layers are annealed to the constant and balls and floors tightened."""
 
     name: str
     replace: str | tuple[str, ...] | None
-    is_annealed: bool
+    is_annealed: bool = False
+    is_tight: bool = False
 
 
 RUNGS = (
-    Rung("as released, fine-tuned", None, False),
-    Rung("+ norms", ("weights", "norms"), False),
-    Rung("+ attention", ("weights", "norms", "attention"), False),
-    Rung("+ weights", ("weights", "norms", "attention"), True),
-    Rung("+ residuals", ("weights", "norms", "attention", "residuals"), True),
-    Rung("+ activations: all", "all", True),
+    Rung("as released, fine-tuned", None),
+    Rung("+ norms", ("weights", "norms")),
+    Rung("+ attention", ("weights", "norms", "attention")),
+    Rung("+ weights", ("weights", "norms", "attention"), is_annealed=True),
+    Rung("+ residuals", ("weights", "norms", "attention", "residuals"), is_annealed=True),
+    Rung("+ activations: all", "all", is_annealed=True),
+    Rung("all, small balls, high floors", "all", is_annealed=True, is_tight=True),
 )
 
 
@@ -94,12 +104,12 @@ class Ladder:
         """Yields each rung as soon as it is there."""
         set_seed(self.args.seed)
         plain, processor = self.task.make(self.data)
-        for rung in RUNGS:
+        for rung in (RUNGS[number] for number in sorted({0, *self.args.rungs})):
             start = time.perf_counter()
             model = plain if rung.replace is None else copy.deepcopy(plain)
             if rung.replace is not None:
                 lipschitzify(model, replace=rung.replace, layer_lipschitz=None, refresh_every=self.task.refresh_every)
-                calibrate(model, self.batches(model, processor))
+                self.calibrate(model, processor, rung)
             schedule = {
                 "lipschitz_schedule": "linear",
                 "lipschitz_target": self.args.constant,
@@ -109,7 +119,7 @@ class Ladder:
             if rung.replace is None or rung.is_annealed:
                 trainer.train()
             if rung.is_annealed:
-                calibrate(model, self.batches(model, processor))
+                self.calibrate(model, processor, rung)
             accuracy = trainer.evaluate()["eval_accuracy"]
             yield self.row(rung, model.eval(), processor, accuracy, time.perf_counter() - start)
 
@@ -133,6 +143,15 @@ class Ladder:
             seconds=seconds,
             bound_seconds=taken,
         )
+
+    def calibrate(self, model: PreTrainedModel, processor: Any, rung: Rung) -> None:
+        """To the training data; tightened beyond them where the rung says so."""
+        calibrate(model, self.batches(model, processor))
+        for module in model.modules() if rung.is_tight else ():
+            if isinstance(module, BallRadii):
+                module.set_radii(*(min(radius, self.args.ball) for radius in module.radii.tolist()))
+            elif isinstance(module, (FloorStdLayerNorm, FloorStdRMSNorm)):
+                module.set_floor(max(module.s_min.item(), self.args.floor))
 
     def trainer(self, model: PreTrainedModel, processor: Any, schedule: dict[str, Any]) -> Any:
         arguments = {

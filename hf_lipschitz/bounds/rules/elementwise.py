@@ -152,8 +152,8 @@ GELU = Curve(
 TANH_GELU = Curve(
     _finite(lambda u: functional.gelu(u, approximate="tanh"), 0.0, math.inf),
     1.128993069,
-    peaks(_tanh_gelu_slope, -1.4160000, 1.4160000),
-    turning=(-0.7524614,),
+    peaks(_tanh_gelu_slope, -1.41850400879, 1.41850400879),
+    turning=(-0.752461422071,),
 )
 SILU = Curve(
     _finite(functional.silu, 0.0, math.inf),
@@ -171,7 +171,7 @@ _CURVES: dict[object, Curve] = {
     _aten.abs.default: Curve(torch.abs, 1.0, turning=(0.0,)),
     _aten.silu.default: SILU,
     _aten.hardswish.default: Curve(_finite(functional.hardswish, 0.0, math.inf), 1.5, turning=(-3.0, -1.5)),
-    _aten.mish.default: Curve(_finite(functional.mish, 0.0, math.inf), 1.088498162, turning=(-1.1924312,)),
+    _aten.mish.default: Curve(_finite(functional.mish, 0.0, math.inf), 1.088498162, turning=(-1.192431214515,)),
     _aten.erf.default: Curve(
         torch.erf, 1.128379168, peaks(lambda u: 2 / math.sqrt(math.pi) * torch.exp(-u.square()), 0.0)
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -33,20 +32,21 @@ def resized(call: Call) -> Dependent:
 
 
 def _norm_along(call: Call, name: str, axis: int, size: int, out: int) -> float:
-    """Of the matrix by which rows, or columns, of an image of width 1 are resized; scale factors are kept."""
-    images = torch.eye(size, dtype=torch.float64)[:, None, :, None]
-    target = [out, 1]
-    if axis == -1:
-        images, target = images.mT, [1, out]
+    """Of the matrix by which one axis is resized; the other has two entries and keeps them.
+
+    Two channels and two entries, for torch misreads the memory layout of images with one of either.
+    """
+    rows = torch.eye(size, dtype=torch.float64)[:, None, None, :].expand(size, 2, 2, size)
+    images, target = (rows.contiguous(), [2, out]) if axis == -1 else (rows.mT.contiguous(), [out, 2])
     arguments: dict[str, Any] = {**call.arguments, name: images}
     factors = arguments.get("scale_factors")
     if factors is not None:
-        factor = factors[axis]
-        arguments["scale_factors"] = [factor, 1.0] if axis == -2 else [1.0, factor]
+        arguments["scale_factors"] = [1.0, factors[1]] if axis == -1 else [factors[0], 1.0]
     else:
         arguments["output_size"] = target
     for key, position in (("scales_h", -2), ("scales_w", -1)):
         if key in arguments and position != axis:
             arguments[key] = None
-    matrix = call.operator(**arguments).reshape(size, out)
-    return torch.linalg.matrix_norm(matrix, ord=2).item() * _SVD_ALLOWANCE if math.prod(matrix.shape) else 0.0
+    resized_rows = call.operator(**arguments)
+    matrix = resized_rows[:, 0, 0, :] if axis == -1 else resized_rows[:, 0, :, 0]
+    return torch.linalg.matrix_norm(matrix, ord=2).item() * _SVD_ALLOWANCE if matrix.numel() else 0.0
