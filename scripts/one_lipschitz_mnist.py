@@ -147,7 +147,7 @@ def radii(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     best = scores.argmax(1)
     leads = scores.gather(1, best[:, None]) - scores
     distances = (rows[:, None] - rows).norm(dim=2)[best]
-    ratios = leads / distances
+    ratios = torch.where(leads > 0, leads / distances, 0.0)
     return best, ratios.scatter(1, best[:, None], math.inf).amin(1)
 
 

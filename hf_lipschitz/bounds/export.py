@@ -17,7 +17,8 @@ _aten = torch.ops.aten
 def check_model(model: nn.Module) -> None:
     """Raises a ValueError where the model is in training mode or has NaN or inf among its weights."""
     for name, module in model.named_modules():
-        if module.training:
+        # Containers of torch's parametrizations stay in training mode, whatever the model is in.
+        if module.training and "parametrizations" not in name.split("."):
             raise ValueError(
                 f"the model, or a module of it ({name or 'the model itself'}), is in training mode: call "
                 "model.eval() first"

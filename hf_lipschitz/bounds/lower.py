@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_lipschitz.bounds.jacobians import Function, Linearized, Rows, gradient, norm
 
-Function = Callable[[Tensor], Tensor]
+
 Evaluate = Callable[[tuple[Tensor, ...], Tensor], "_State"]
 
 # Units of rounding that a computed ratio may be too large by, and the most that is taken off in short formats.
@@ -120,98 +121,6 @@ def _check(x: Tensor, radius: float | None, counts: dict[str, int]) -> None:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 
-def _gradient(output: Tensor, source: Tensor, weights: Tensor | None = None, create_graph: bool = False) -> Tensor:
-    if not output.requires_grad:
-        return torch.zeros_like(source)
-    return torch.autograd.grad(
-        output, source, weights, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )[0]
-
-
-def _norm(t: Tensor) -> float:
-    return torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item()
-
-
-class _Linearized:
-    """A function at a point, with products with its Jacobian and the transpose of it.
-
-    Jᵀu is linear in u, and its derivative with respect to u is J.
-    """
-
-    def __init__(self, function: Function, point: Tensor) -> None:
-        self.x = point.detach().requires_grad_()
-        # A copy, for the function may work in place.
-        self.y = function(self.x.clone())
-        self._u = torch.zeros_like(self.y, requires_grad=True)
-        self._transposed = _gradient(self.y, self.x, self._u, create_graph=True)
-
-    def forwards(self, v: Tensor) -> Tensor:
-        """Jv, of the shape of the output."""
-        return _gradient(self._transposed, self._u, v)
-
-    def backwards(self, w: Tensor) -> Tensor:
-        """Jᵀw, of the shape of the input."""
-        return _gradient(self.y, self.x, w)
-
-    def slope(self, v: Tensor, w: Tensor) -> Tensor:
-        """The gradient of wᵀJ(x)v with respect to x, of the shape of the input.
-
-        Jᵀw is differentiated, and not Jv: torch takes the statistics of a layer norm for constants in the derivative
-        of the latter.
-        """
-        return _gradient(_gradient(self.y, self.x, w, create_graph=True), self.x, v)
-
-
-@dataclass
-class _Rows:
-    """Norms of the rows of tensors of shape `(batch, ...)`, or with `count` 1 of whole tensors of any shape."""
-
-    count: int
-
-    def norms(self, t: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(t.reshape(self.count, -1), dim=-1)
-
-    def column(self, values: Tensor, like: Tensor) -> Tensor:
-        """One value a row, in a shape that broadcasts with `like`."""
-        return values.reshape((self.count, *[1] * (like.dim() - 1))[: like.dim()])
-
-    def unit(self, t: Tensor) -> Tensor:
-        """Rows of norm one; those of zeros, NaN and inf become zero."""
-        t = torch.nan_to_num(t, 0.0, 0.0, 0.0)
-        norms = self.norms(t)
-        return t / self.column(torch.where(norms > 0, norms, 1), t)
-
-    def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).reshape(self.count, -1).sum(-1)
-
-    def where(self, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(self.column(condition, a), a, b)
-
-    def direction(self, at: _Linearized, v: Tensor, iterations: int) -> Tensor:
-        """The combination of v, JᵀJv, ..., of `iterations` vectors in all, that J stretches most, of each row.
-
-        The vectors are made orthogonal as they come; v and the result have the shape of the input.
-        """
-        basis, images, q = [], [], self.unit(v)
-        for _ in range(iterations):
-            basis.append(q)
-            images.append(torch.nan_to_num(at.forwards(q), 0.0, 0.0, 0.0))
-            q = self._rest(at.backwards(images[-1]), basis)
-        stack = torch.stack([image.reshape(self.count, -1) for image in images], dim=1)
-        stack = stack / torch.linalg.matrix_norm(stack, keepdim=True).clamp_min(torch.finfo(stack.dtype).tiny)
-        weights = torch.linalg.eigh((stack @ stack.mT).to(torch.float64)).eigenvectors[..., -1].to(v.dtype)
-        return self.unit(sum(self.column(weights[:, k], v) * q for k, q in enumerate(basis)))
-
-    def _rest(self, t: Tensor, basis: list[Tensor]) -> Tensor:
-        """What of t is orthogonal to the basis, of norm one, or zero where that is rounding."""
-        before = self.norms(t)
-        for _ in range(2):
-            for q in basis:
-                t = t - self.column(self.inner(q, t), t) * q
-        is_new = self.norms(t) > torch.finfo(t.dtype).eps ** 0.75 * before
-        return self.unit(t) * self.column(is_new, t)
-
-
 @dataclass
 class _State:
     """The value of each row, -1 where it is not finite, the points that it belongs to, and the gradients of its log.
@@ -224,7 +133,7 @@ class _State:
     gradients: tuple[Tensor, ...]
     v: Tensor
 
-    def better(self, other: _State, rows: _Rows) -> _State:
+    def better(self, other: _State, rows: Rows) -> _State:
         """Row by row the state of the larger value."""
         is_better = other.values > self.values
 
@@ -261,7 +170,7 @@ class _Search:
         at_x = self.values(x)
         self.eps = max(torch.finfo(x.dtype).eps, torch.finfo(at_x.dtype).eps)
         self.allowance = min(_MOST, _UNITS * self.eps)
-        self.rows = _Rows(x.shape[0] if self._has_separate_rows(at_x) else 1)
+        self.rows = Rows(x.shape[0] if self._has_separate_rows(at_x) else 1)
         norms = self.rows.norms(x)
         self.size = torch.where(norms > 0, norms, math.sqrt(x.numel() / self.rows.count))
         if radius is not None:
@@ -276,13 +185,13 @@ class _Search:
         batch = self.x.shape[0]
         if at_x.dim() == 0 or at_x.shape[0] != batch or not bool(torch.isfinite(at_x).all()):
             return False
-        rows, number = _Rows(batch), torch.arange(batch, device=self.x.device)
+        rows, number = Rows(batch), torch.arange(batch, device=self.x.device)
         noise = self._normal() * (self.radius or self.x.abs().max().item() or 1.0) / math.sqrt(4 * self.x.numel())
         for bit in range((batch - 1).bit_length()):
             for side in (0, 1):
                 is_moved = (number >> bit) & 1 == side
                 y = rows.where(is_moved, self.x + noise, self.x)
-                if _norm((self.values(y) - at_x)[~is_moved]) > self.allowance * _norm(at_x):
+                if norm((self.values(y) - at_x)[~is_moved]) > self.allowance * norm(at_x):
                     return False
         return True
 
@@ -317,14 +226,14 @@ class _Search:
             return y
         norms = self.rows.norms(y - self.x)
         # So far inside that the sum, rounded, is still in the ball.
-        inner = max(0.0, self.radius - 8 * torch.finfo(y.dtype).eps * (_norm(self.x) + self.radius))
+        inner = max(0.0, self.radius - 8 * torch.finfo(y.dtype).eps * (norm(self.x) + self.radius))
         is_out = norms > inner
         back = self.x + self.rows.column(inner / torch.where(is_out, norms, 1), y) * (y - self.x)
         return self.rows.where(is_out, back, y)
 
     def from_start(self, start: Tensor) -> _Best:
         """Both ascents from one start: the second begins at the start, the pair or its middle, what is steepest."""
-        at = _Linearized(self.function, start)
+        at = Linearized(self.function, start)
         v = self.rows.direction(at, self._normal(), self.power_iterations)
         apart = self.rows.column(self.size, v) * 10.0 ** self._uniform(-2.0, 0.0)
         pair = self._ratio((start, self._project(start + apart * self._or_noise(v))), v)
@@ -357,10 +266,10 @@ class _Search:
         return max(best.value, self._true_stretch(best.y, self._exact_direction(best)))
 
     def _exact_direction(self, best: _Best) -> Tensor:
-        at, v, value = _Linearized(self.function, best.y), best.v, 0.0
+        at, v, value = Linearized(self.function, best.y), best.v, 0.0
         for _ in range(_POLISH_ROUNDS):
-            v = _Rows(1).direction(at, v, max(2, self.power_iterations))
-            before, value = value, _norm(at.forwards(v))
+            v = Rows(1).direction(at, v, max(2, self.power_iterations))
+            before, value = value, norm(at.forwards(v))
             if not value > before * (1 + _POLISH_RTOL):
                 break
         return v
@@ -408,7 +317,7 @@ class _Search:
 
     def _stretch(self, points: tuple[Tensor, ...], v: Tensor) -> _State:
         """‖J(y)v‖ of each row after one more step of the power method."""
-        at = _Linearized(self.function, points[0])
+        at = Linearized(self.function, points[0])
         v = self.rows.unit(at.backwards(at.forwards(self._or_noise(v))))
         image = at.forwards(v)
         values = self.rows.norms(image)
@@ -420,8 +329,8 @@ class _Search:
         y, z = (point.detach().requires_grad_() for point in points)
         distances = self.rows.norms(y - z)
         ratios = self.rows.norms(self.function(y.clone()) - self.function(z.clone())) / distances
-        gradients = tuple(_gradient(ratios.log().sum(), point) for point in (y, z))
-        is_far = distances >= _NEAREST * (1e-8 + _norm(self.x) + self.rows.norms(y))
+        gradients = tuple(gradient(ratios.log().sum(), point) for point in (y, z))
+        is_far = distances >= _NEAREST * (1e-8 + norm(self.x) + self.rows.norms(y))
         return self._state(torch.where(is_far, ratios, -1), (y, z), gradients, self.rows.unit((y - z).detach()))
 
     def _state(self, values: Tensor, points: tuple[Tensor, ...], gradients: tuple[Tensor, ...], v: Tensor) -> _State:
@@ -438,26 +347,24 @@ class _Search:
 
     def _true_ratio(self, y: Tensor, z: Tensor) -> float:
         """A lower bound of the constant from whole tensors, 0 if they are too near or a value is not finite."""
-        distance = _norm(y - z)
-        if not distance >= _NEAREST * (1e-8 + _norm(y)):
+        distance = norm(y - z)
+        if not distance >= _NEAREST * (1e-8 + norm(y)):
             return 0.0
         at_y, at_z = self.values(y), self.values(z)
-        rise = _norm(at_y - at_z)
-        loss = self.allowance * (_norm(at_y) + _norm(at_z) + rise / distance * (_norm(y) + _norm(z)))
+        rise = norm(at_y - at_z)
+        loss = self.allowance * (norm(at_y) + norm(at_z) + rise / distance * (norm(y) + norm(z)))
         return max(0.0, (rise - loss) / distance) if math.isfinite(rise) else 0.0
 
     def _true_stretch(self, y: Tensor, v: Tensor) -> float:
         """A lower bound of the constant from whole tensors, 0 where differences do not confirm the derivative."""
-        length = _norm(v)
+        length = norm(v)
         if length == 0.0:
             return 0.0
-        image = _Linearized(self.function, y).forwards(v)
-        rise, value = (1 - self.allowance) * _norm(image), 0.0
+        image = Linearized(self.function, y).forwards(v)
+        rise, value = (1 - self.allowance) * norm(image), 0.0
         for scale in _DIFFERENCES:
-            h = scale * self.eps ** (1 / 3) * (self.size.max().item() + _norm(y)) / length
+            h = scale * self.eps ** (1 / 3) * (self.size.max().item() + norm(y)) / length
             high, low = self.values(y + h * v), self.values(y - h * v)
-            rounding = (
-                _DIFFERENCE_UNITS * self.eps * (_norm(high) + _norm(low) + 2 * rise / length * _norm(y)) / (2 * h)
-            )
-            value = max(value, (rise - _norm((high - low) / (2 * h) - image) - rounding) / length)
+            rounding = _DIFFERENCE_UNITS * self.eps * (norm(high) + norm(low) + 2 * rise / length * norm(y)) / (2 * h)
+            value = max(value, (rise - norm((high - low) / (2 * h) - image) - rounding) / length)
         return value
