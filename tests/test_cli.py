@@ -105,6 +105,25 @@ def test_certify_inspect_and_merge(text_model: Path, text_data: Path, tmp_path: 
     assert BertTokenizer.from_pretrained(tmp_path / "plain").vocab_size == len(WORDS)
 
 
+def test_bound_prints_both_ends(text_model: Path, image_model: Path, tmp_path: Path) -> None:
+    result = run("bound", text_model, "--text", "a good film", "--steps", 1, "--starts", 1)
+    assert result.exit_code == 0, result.output
+    assert "with respect to inputs_embeds" in result.output
+    assert "replace=('weights', 'norms')" in result.output
+    assert "a ratio of" in result.output
+    Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(tmp_path / "black.png")
+    result = run("bound", image_model, "--image", tmp_path / "black.png", "--radius", 0.01, "--steps", 0)
+    assert result.exit_code == 0, result.output
+    assert "with respect to pixels on the ball of radius 0.01" in result.output
+    assert "upsample" in result.output
+    assert "attack" not in result.output
+    result = run("bound", image_model, "--radius", 0.01, "--steps", 1, "--starts", 1)
+    assert "with respect to pixel_values" in result.output, result.output
+    both = run("bound", text_model, "--text", "a", "--image", "b.png")
+    assert both.exit_code == 1
+    assert "not both" in both.stderr
+
+
 def test_errors_are_one_line_and_name_the_fix(text_model: Path, text_data: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -66,7 +66,8 @@ class BoundedGraph:
             except Exception as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 advice = "control flow that depends on data has no graph: rewrite it, or load another implementation"
-                self._refusal = Cost("torch.export", type(model).__name__, "", math.inf, reason, advice)
+                inner = type(model.get_submodule(prefix.rstrip("."))).__name__
+                self._refusal = Cost("torch.export", inner, "", math.inf, reason, advice)
                 return
         self._interpreter = Interpreter(program, self.wrt, {**inputs, **state_of(program)}, modules, prefix)
 

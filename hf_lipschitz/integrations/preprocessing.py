@@ -17,8 +17,8 @@ _MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 class PixelInput(nn.Module):
     """Images in [0, 1] of any size, `(B, channels, height, width)`, to `pixel_values`: resize, crop, normalise.
 
-    The processor rounds to whole grey levels after resizing, which no Lipschitz function does; this is the function
-    without that rounding.
+    The processor rounds to whole grey levels while it resizes, which no Lipschitz function does, and cuts what is
+    outside [0, 1]; this is the function without both.
 
     Args:
         image_processor (`BaseImageProcessor`):
