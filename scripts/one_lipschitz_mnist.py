@@ -30,6 +30,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrize
 from transformers import HfArgumentParser
 
+from hf_lipschitz import certify_deterministic
 from hf_lipschitz.demo.data import mnist
 from hf_lipschitz.nn import CPLBlock, CPLConvBlock2d, SLLBlock, SLLConvBlock2d
 
@@ -139,16 +140,10 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def radii(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Predictions and certified l2 radii, min over j ≠ A of (z_A - z_j)/‖w_A - w_j‖ with A the predicted class.
-
-    A **sound bound** in exact arithmetic, as the features are 1-Lipschitz. A tie has radius 0.
-    """
-    scores, rows = model(images).double(), model.head.weight.double()
-    best = scores.argmax(1)
-    leads = scores.gather(1, best[:, None]) - scores
-    distances = (rows[:, None] - rows).norm(dim=2)[best]
-    ratios = torch.where(leads > 0, leads / distances, 0.0)
-    return best, ratios.scatter(1, best[:, None], math.inf).amin(1)
+    """Predictions and certified l2 radii of the library; a tie has radius 0, and ABSTAIN for a prediction."""
+    certificates = certify_deterministic(model, (images,))
+    predictions = torch.tensor([certificate.prediction for certificate in certificates])
+    return predictions, torch.tensor([certificate.radius for certificate in certificates])
 
 
 def attacked(model: nn.Module, images: Tensor, labels: Tensor, radius: float) -> Tensor:
