@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
 
+from hf_lipschitz.bounds.logs import scaled
 from hf_lipschitz.bounds.regions import Region
 from hf_lipschitz.bounds.registry import Call, module_rule
 from hf_lipschitz.bounds.rules.norms import Normalization, grouped, normalised
@@ -71,15 +73,26 @@ def centred(call: Call, module: CentredNorm, values: list[Dependent]) -> list[De
 
 @module_rule(BallRadii)
 def balls(call: Call, module: BallRadii, values: list[Dependent]) -> list[Dependent]:
-    """Projections onto balls, 1-Lipschitz, of queries, keys and values."""
+    """Projections onto balls of queries, keys and values: 1-Lipschitz, and r/‖x‖ where ‖x‖ > r, since the Jacobian
+    there is (r/‖x‖)(I - xxᵀ/‖x‖²)."""
     module.check()
     results = []
     for value, radius in zip(values, module.radii.tolist(), strict=True):
         known = torch.full((1,), radius, dtype=torch.float64)
         norm = known if value.region.norm is None else torch.minimum(value.region.norm, known)
-        region = Region(norm=norm, radius=value.region.radius)
-        results.append(Dependent(value.log_lipschitz, value.shape, region))
+        slopes = _projection_slopes(value, radius)
+        moved = None if value.region.radius is None else value.region.radius * slopes
+        log = scaled(value.log_lipschitz, slopes.max().item())
+        results.append(Dependent(log, value.shape, Region(norm=norm, radius=moved)))
     return results
+
+
+def _projection_slopes(value: Dependent, radius: float) -> Tensor:
+    one = torch.ones((), dtype=torch.float64)
+    if value.region.center is None or value.region.radius is None or not math.isfinite(radius):
+        return one
+    least = torch.linalg.vector_norm(value.region.center, dim=-1, keepdim=True) - value.region.radius
+    return torch.where(least > radius, radius / least, one) * (1 + 1e-12)
 
 
 @module_rule(SLLBlock, CPLBlock, SLLConvBlock2d, CPLConvBlock2d)
