@@ -30,7 +30,7 @@ BOUNDED = [name for name in FAMILIES if name not in {*REFUSED, *WITHOUT_EMBEDDIN
 # Of which all attention can be clipped, or there is none.
 CLIPPED = [name for name in BOUNDED if name not in ("deberta_v2", "siglip")]
 # One of each kind; the others are slow.
-FAST = {"bert", "gpt2", "llama", "vit", "resnet"}
+FAST = {"bert", "llama", "resnet"}
 
 
 def families(names: list[str]) -> list[Any]:

@@ -40,7 +40,7 @@ def bound_of(model: nn.Module, x: Tensor, radius: float | None = None) -> Lipsch
 
 
 @pytest.mark.parametrize("name", CURVES)
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(low=st.floats(-6, 6), width=st.floats(1e-3, 8))
 def test_slopes_on_intervals_are_the_largest_there(name: str, low: float, width: float) -> None:
     curve = CURVES[name]

@@ -76,7 +76,9 @@ def exact_radius(smoothed: Callable[[float, float], np.ndarray], u: float, sigma
     distances = []
     for sign in (-1, 1):
         steps = np.arange(0, 12 * sigma, 0.01 * sigma)
-        crossing = next((s for s in steps if margin(u + sign * s) <= 0), None)
+        crossing = next((i for i, s in enumerate(steps) if margin(u + sign * s) <= 0), None)
         if crossing is not None:
-            distances.append(sign * (brentq(margin, u + sign * (crossing - 0.01 * sigma), u + sign * crossing) - u))
+            # The very points at which the sign was seen, for margins beside a root are rounding.
+            before, after = (u + sign * steps[i] for i in (crossing - 1, crossing))
+            distances.append(sign * (brentq(margin, before, after) - u))
     return min(distances)

@@ -274,4 +274,5 @@ def test_a_registered_certificate_is_used_by_name() -> None:
 
 
 def test_the_known_names_are_the_registered_ones() -> None:
-    assert sorted(CERTIFICATES) == sorted(PROCEDURES) == sorted(PREDICTORS)
+    sampled = [name for name in CERTIFICATES if name != "deterministic"]
+    assert sorted(sampled) == sorted(PROCEDURES) == sorted(PREDICTORS)
