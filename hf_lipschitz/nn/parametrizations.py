@@ -75,8 +75,7 @@ class GramParametrization(Constraint):
 
     def _refer_to(self, weight: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            weight = weight.detach().clone()
-            (reference,) = new_references([self.name], [weight], self.layout, self.rtol, [None])
+            (reference,) = new_references([self.name], [weight.detach()], self.layout, self.rtol, [None])
         self.take(reference, has_history=False)
 
     def refresh(self, *, anew: bool = False) -> None:

@@ -50,6 +50,8 @@ def new_references(
         ValueError: a weight is NaN or inf; the message names the layer.
     """
     count = 1 if layout.count is None else layout.count
+    # Products choose their kernels by the alignment of memory, and a mapped file has less of it than a copy.
+    weights = [weight.clone() for weight in weights]
     pieces = [piece for weight in weights for piece in _pieces(layout.matrices(weight), layout)]
     pieces_of_starts = [piece for start in starts for piece in ([None] * count if start is None else _rows(start))]
     try:
@@ -96,7 +98,7 @@ def _rounded(weight: Tensor, rows: Sequence[NormAndDirection], layout: WeightLay
     rounding = unit * layout.frobenius_ceilings(weight, torch.float64 if is_wide else left.dtype)
     factor = operator_to_frobenius(weight.shape, layout.geometry)
     bound = (bound + factor * rounding) * (1 + SCALAR_ALLOWANCE[left.dtype])
-    return Reference(weight.clone(), bound, left, right, is_wide)
+    return Reference(weight, bound, left, right, is_wide)
 
 
 def moved(reference: Reference, fn: Callable[[Tensor], Tensor], layout: WeightLayout) -> Reference | None:

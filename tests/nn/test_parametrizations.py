@@ -472,3 +472,17 @@ def test_assigned_weights_are_read_under_transforms() -> None:
     x = torch.randn(4, 20)
     outputs = torch.func.vmap(lambda row: torch.func.functional_call(model, parameters, (row,)))(x)
     torch.testing.assert_close(outputs, model(x))
+
+
+def test_a_weight_in_a_mapped_file_is_bounded_as_one_in_memory_of_its_own() -> None:
+    # A safetensors file is aligned to 8 bytes only, and matrix products choose their kernels by that.
+    conv = nn.Conv2d(3, 8, 4, stride=4)
+    weight = conv.weight.detach()
+    (layer,) = constrained_layers(lipschitzify(nn.Sequential(conv), layer_lipschitz=0.1))
+    memory, bounds = torch.empty(weight.numel() + 16), set()
+    for offset in range(16):
+        mapped = memory[offset : offset + weight.numel()].view(weight.shape)
+        mapped.copy_(weight)
+        (found,) = references.new_references(["conv"], [mapped], layer.parametrization.layout, 1e-3, [None])
+        bounds.add(found.bound.item())
+    assert len(bounds) == 1

@@ -50,11 +50,15 @@ def randomised(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("family", ALL)
 def test_no_logit_changes_and_every_norm_is_bounded(family: str) -> None:
     model = ALL[family]().eval()
-    inputs, parameters = example(model), dict(model.named_parameters())
+    inputs, tolerance = example(model), 1e-6
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        # Folded into a convolution, the same function is rounded elsewhere, which float32 would let us see.
+        inputs, tolerance = {name: value.double() for name, value in inputs.items()}, 1e-12
+        model.double()
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         expected = output(model, inputs)
-        names = replaced(model)
-        tolerance = 2e-5 if any("<" in name for name in names) else 1e-6
+        replaced(model)
         torch.testing.assert_close(output(model, inputs), expected, rtol=tolerance, atol=tolerance)
         floors = [module for module in model.modules() if isinstance(module, FLOORS)]
         if floors:
