@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lipschitz.bounds import BoundedGraph
+from hf_lipschitz.bounds.export import own
 from hf_lipschitz.bounds.interpreter import Walk
 from hf_lipschitz.bounds.logs import exponential
 from hf_lipschitz.certification import ABSTAIN, Certificate
@@ -54,7 +55,8 @@ def certify_deterministic(
             As in [`lipschitz_bound`].
         local (`bool`, *optional*, defaults to `False`):
             Whether to take local bounds on balls around each row, certified by itself: larger radii, at some walks of
-            the graph a row. The radius is at most that of the ball.
+            the graph a row. The radius is at most that of the ball. Rows must not depend on each other, and each input
+            with as many entries along its first axis as there are rows must belong to them, as masks do.
 
     Returns:
         `list[Certificate]`: with `alpha=0`, `n=0`, `sigma=0`; `score_lipschitz` is the constant of all logits. The
@@ -62,15 +64,17 @@ def certify_deterministic(
 
     Raises:
         TypeError, ValueError: as [`lipschitz_bound`]; the logits are no `(B, K)` with K ≥ 2, or not finite; the model
-            has no finite constant, with the operators to blame.
+            has no finite constant, with the operators to blame; with `local`, the logits of a row by itself are others
+            than in the batch.
     """
     output = "logits" if hasattr(getattr(model, "config", None), "num_labels") else None
     function, named, wrt = function_of(model, inputs, wrt, output, image_processor)
     unit = _UNITS.get(wrt, wrt)
     with materialized(model), torch.no_grad():
-        logits = checked_logits(function(**named), len(named[wrt]))
+        logits = checked_logits(function(**own(named)), len(named[wrt]))
         if local:
             rows = [_row(named, wrt, row) for row in range(len(logits))]
+            _check_rows(function, named, wrt, rows)
             graphs = [graph_of(function, row, wrt) for row in rows[:1]]
             return [
                 _on_balls(_graph_for(graphs, function, row, wrt), row[wrt], z, unit, index)
@@ -210,6 +214,25 @@ def _on_balls(graph: BoundedGraph, center: Tensor, logits: Tensor, unit: str, in
             best, log_value = min(found, middle), local_value
         low, high = (middle, high) if found > middle else (low, middle)
     return _certificate(logits, best, log_value, unit, index)
+
+
+def _check_rows(function: nn.Module, inputs: dict[str, Any], wrt: str, rows: list[dict[str, Any]]) -> None:
+    """Whether rows are what [`_row`] takes them for: at the inputs, and at others beside them."""
+    if len(rows) < 2:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = inputs[wrt]
+    for reach in (0.0, 0.1, 1.0):
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        moved = x + reach * x.abs().mean().clamp(min=1e-6) * noise
+        together = checked_logits(function(**own({**inputs, wrt: moved})), len(rows))
+        for number, row in enumerate(rows):
+            alone = checked_logits(function(**own({**row, wrt: moved[number : number + 1]})), 1)[0]
+            if not torch.allclose(alone, together[number], rtol=1e-3, atol=1e-3 * float(together.abs().max())):
+                raise ValueError(
+                    f"row {number} by itself has other logits than in the batch: rows depend on each other, or an "
+                    f"input of {len(rows)} entries belongs to all of them. Certify one row at a time"
+                )
 
 
 def _row(inputs: dict[str, Any], wrt: str, row: int) -> dict[str, Any]:

@@ -54,6 +54,11 @@ def chosen_input(inputs: Mapping[str, Any], wrt: str | None) -> str:
     return wrt
 
 
+def own(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs in memory of their own, which a model may change in place."""
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 def exported(model: nn.Module, inputs: Mapping[str, Any]) -> ExportedProgram:
     """The graph of a model, functional and with each operator as whole as it was written.
 

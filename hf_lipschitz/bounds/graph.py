@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lipschitz.bounds import rules as _rules  # noqa: F401  registers them
-from hf_lipschitz.bounds.export import check_model, chosen_input, exported, state_of
+from hf_lipschitz.bounds.export import check_model, chosen_input, exported, own, state_of
 from hf_lipschitz.bounds.interpreter import Ball, Interpreter, Walk
 from hf_lipschitz.bounds.result import Cost, LipschitzBound
 from hf_lipschitz.bounds.whole import whole_modules
@@ -55,14 +55,14 @@ class BoundedGraph:
     ) -> None:
         self.wrt = chosen_input(inputs, wrt)
         check_model(model)
-        self._inputs = dict(inputs)
+        self._inputs = inputs = own(inputs)
         self._shape = tuple(inputs[self.wrt].shape)
         with torch.no_grad():
-            model(**inputs)
+            model(**own(inputs))
         self._refusal: Cost | None = None
         with whole_modules(model, stand_ins or {}) as modules:
             try:
-                program = exported(model, inputs)
+                program = exported(model, own(inputs))
             except Exception as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 advice = "control flow that depends on data has no graph: rewrite it, or load another implementation"

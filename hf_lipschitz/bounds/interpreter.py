@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from hf_lipschitz.bounds.advice import advice_for
 from hf_lipschitz.bounds.export import on_cpu
 from hf_lipschitz.bounds.logs import exponential, log_root_sum_squares
-from hf_lipschitz.bounds.regions import Region, settled
+from hf_lipschitz.bounds.regions import Region, length, settled
 from hf_lipschitz.bounds.registry import MODULE_RULES, RULES, Call, Norms, NoRule
 from hf_lipschitz.bounds.result import Cost
 from hf_lipschitz.bounds.rules.modules import at
@@ -29,6 +30,7 @@ from hf_lipschitz.nn.attention import BallRadii
 # Relative rounding of one logarithm, exponential, sum or gain, generously.
 _ROUNDING = 1e-14
 
+_RETURNED = OutputKind.USER_OUTPUT
 _aten = torch.ops.aten
 # They read the shape of their argument and none of its entries.
 _BY_SHAPE = {
@@ -110,7 +112,7 @@ class Interpreter:
         outputs: list[Node] = []
         for node in self.program.graph.nodes:
             if node.op == "output":
-                outputs = [arg for arg in pytree.tree_leaves(node.args) if isinstance(arg, Node)]
+                outputs = self._outputs(node)
             else:
                 self._values[node] = self._value(node)
         reached = {node: _log_of(value) for node, value in self._values.items() if _is_dependent(value)}
@@ -123,12 +125,20 @@ class Interpreter:
         found = [self._values[node] for node in ends]
         return Walk(found, log, costs, {node.name: self._values[node] for node in reached})
 
+    def _outputs(self, node: Node) -> list[Node]:
+        """Those that the model returns: inputs and buffers that it changes in place are not among them."""
+        returned = {spec.arg.name for spec in self.program.graph_signature.output_specs if spec.kind is _RETURNED}
+        leaves = [arg for arg in pytree.tree_leaves(node.args) if isinstance(arg, Node)]
+        return [arg for arg in leaves if arg.name in returned]
+
     def _value(self, node: Node) -> Any:
         if node.op == "placeholder":
             return self._placeholder(node)
         if node.op == "get_attr":
             return on_cpu(operator.attrgetter(node.target)(self.program.graph_module))
         args, kwargs = pytree.tree_map(self._known, (node.args, node.kwargs))
+        if node.target is _aten.rms_norm.default:
+            args, kwargs = _with_eps(node, args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         is_higher = isinstance(node.target, torch._ops.HigherOrderOperator)
@@ -174,6 +184,9 @@ class Interpreter:
             return node.target(shape_only, *args[1:], **kwargs)
         if node.target is WHOLE:
             return self._by_module(node, args)
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not value.numel():
+            return Dependent(-math.inf, tuple(value.shape))
         if node.target not in RULES:
             raise NoRule("the operator has no rule")
         arguments = {}
@@ -181,6 +194,9 @@ class Interpreter:
             given = args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
             arguments[argument.name] = given
         found = RULES[node.target](Call(arguments, _shape(node), node.target, self.norms, self.modules))
+        is_whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if is_whole and isinstance(found, Dependent) and found.log_lipschitz < math.inf:
+            raise NoRule(f"its values are {value.dtype}, and jump as the input moves")
         return self._settled(node, found, self._centers(node, args, kwargs))
 
     def _by_module(self, node: Node, args: tuple[Any, ...]) -> list[Dependent]:
@@ -275,9 +291,18 @@ class Interpreter:
         return Cost(node.name, operator_name, module, log_factor, reason, advice)
 
 
+def _with_eps(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The eps that torch takes where none is given: that of the dtype it computes in, which is not that of centers."""
+    eps = args[3] if len(args) > 3 else kwargs.get("eps")
+    if eps is None:
+        is_wide = node.meta["val"].dtype == torch.float64
+        eps = torch.finfo(torch.float64 if is_wide else torch.float32).eps
+    return args[:3], {**kwargs, "eps": eps}
+
+
 def _as_dependent(value: Tensor) -> Dependent:
     center = value.detach().double()
-    norm = torch.linalg.vector_norm(center, dim=-1, keepdim=True)
+    norm = length(center)
     zero = torch.zeros(1, dtype=torch.float64)
     return Dependent(-math.inf, tuple(value.shape), Region(center, center, norm, center, zero))
 

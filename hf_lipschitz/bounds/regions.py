@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-# Outward, for what float64 loses in centers and ranges: relative to their size, generously.
-_SLACK = 1e-9
+# Outward, for what float64 loses in centers and ranges: relative to their size, generously, and where it underflows.
+_SLACK, _TINY = 1e-9, 1e-300
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,18 @@ class Region:
 UNKNOWN = Region()
 
 
+def length(x: Tensor, dim: int | tuple[int, ...] | None = -1, *, keepdim: bool = True) -> Tensor:
+    """Euclidean norm along axes, of all of them with `None`; squares of small or large entries are not lost."""
+    if not x.numel():
+        return torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
+    axes = tuple(range(x.dim())) if dim is None else dim
+    largest = x.abs().amax(axes, keepdim=True)
+    is_usual = (largest > 0) & (largest < math.inf)
+    norm = torch.linalg.vector_norm(x / torch.where(is_usual, largest, 1.0), dim=dim, keepdim=keepdim)
+    largest = largest if keepdim else largest.reshape(norm.shape)
+    return torch.where(is_usual.reshape(norm.shape), norm * largest, norm)
+
+
 def settled(region: Region, shape: Sequence[int], reach: float) -> Region:
     """What the parts of a region say together, rounded outward.
 
@@ -75,18 +87,18 @@ def settled(region: Region, shape: Sequence[int], reach: float) -> Region:
         radius = _least(radius, center.new_full(_tokens(shape), reach))
         offsets = dataclasses.replace(region, lower=lower, upper=upper).offsets()
         radius = _least(radius, _along_tokens(offsets, shape))
-        radius = radius * (1 + _SLACK) + _SLACK * _along_tokens(center, shape)
+        radius = radius * (1 + _SLACK) + _SLACK * _along_tokens(center, shape) + _TINY
         lower, upper = _most(lower, center - radius), _least(upper, center + radius)
         norm = _least(norm, _along_tokens(center, shape) + radius)
     magnitude = Region(lower=lower, upper=upper).magnitude()
     norm = _least(norm, _along_tokens(magnitude, shape))
     if norm is not None:
-        norm = norm * (1 + _SLACK)
+        norm = norm * (1 + _SLACK) + _TINY
         lower, upper = _most(lower, -norm), _least(upper, norm)
     if lower is not None:
-        lower = lower - _SLACK * lower.abs()
+        lower = lower - _SLACK * lower.abs() - _TINY
     if upper is not None:
-        upper = upper + _SLACK * upper.abs()
+        upper = upper + _SLACK * upper.abs() + _TINY
     return _without_inf(Region(lower, upper, norm, center, radius))
 
 
@@ -99,7 +111,7 @@ def _along_tokens(x: Tensor | None, shape: Sequence[int]) -> Tensor | None:
         return None
     if not shape:
         return x.abs()
-    return torch.linalg.vector_norm(x.expand(*shape), dim=-1, keepdim=True)
+    return length(x.expand(*shape))
 
 
 def _least(a: Tensor | None, b: Tensor | None) -> Tensor | None:

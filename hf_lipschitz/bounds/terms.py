@@ -17,6 +17,9 @@ CONSTANT = -1.0
 _MOST_TERMS, _MOST_PRODUCTS = 4, 2**25
 # Covers the sums of a few dozen products in float64.
 _ALLOWANCE = 1 + 1e-12
+_ROUNDOFF = 2.0**-53
+# Products below it may have underflowed.
+_LEAST = 1e-290
 
 
 class Term(NamedTuple):
@@ -69,18 +72,28 @@ def log_of_terms(origin: Origin, terms: Sequence[Term], first: int = 0) -> float
     return origin.log_lipschitz + math.log(norm) if norm > 0 else -math.inf
 
 
-def multiplied(origin: Origin, factor: Tensor, shape: Sequence[int]) -> Origin:
-    """Of the product with a constant, both of which broadcast to `shape`."""
+def multiplied(origin: Origin, factor: Tensor, shape: Sequence[int]) -> Origin | None:
+    """Of the product with a constant, both of which broadcast to `shape`; `None` where factors under- or overflow."""
     factor = factor.expand(tuple(shape))
-    terms = tuple(
-        Term(term.index.expand(tuple(shape)), term.factor.expand(tuple(shape)) * factor) for term in origin.terms
-    )
-    return origin._replace(terms=terms)
+    terms = []
+    for term in origin.terms:
+        before = term.factor.expand(tuple(shape))
+        product = before * factor
+        is_lost = (product.abs() < _LEAST) & (before != 0) & (factor != 0) | ~torch.isfinite(product)
+        if bool(is_lost.any()):
+            return None
+        terms.append(Term(term.index.expand(tuple(shape)), product))
+    return origin._replace(terms=tuple(terms))
 
 
-def added(first: Origin, second: Origin, shape: Sequence[int]) -> Origin | None:
+def added(first: Origin | None, second: Origin | None, shape: Sequence[int]) -> Origin | None:
     """Of the sum of two values of one base; `None` where the bases differ or the terms are too many."""
-    if first.base is not second.base or len(first.terms) + len(second.terms) > _MOST_TERMS:
+    if (
+        first is None
+        or second is None
+        or first.base is not second.base
+        or len(first.terms) + len(second.terms) > _MOST_TERMS
+    ):
         return None
     terms = (*first.terms, *second.terms)
     shape = tuple(shape)
@@ -100,12 +113,18 @@ def _inside(term: Term, first: int, size: int) -> Term:
 def _norm(terms: list[Term], size: int) -> float:
     if not terms[0].index.numel():
         return 0.0
+    largest = max(term.factor.abs().max().item() for term in terms)
+    if largest == 0:
+        return 0.0
     if len(terms) == 1:
         ((index, factor),) = terms
-        return torch.bincount(index, factor.square(), size).max().sqrt().item() * _ALLOWANCE
+        most = torch.bincount(index[factor != 0], minlength=size).max().item()
+        total = torch.bincount(index, (factor / largest).square(), size).max().sqrt().item()
+        return total * largest * (_ALLOWANCE + most * _ROUNDOFF)
     keys = torch.cat([a.index * size + b.index for a in terms for b in terms])
-    products = torch.cat([a.factor * b.factor for a in terms for b in terms])
+    products = torch.cat([(a.factor / largest) * (b.factor / largest) for a in terms for b in terms])
     pairs, places = keys.unique(return_inverse=True)
     sums = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, places, products)
     rows = torch.bincount(torch.div(pairs, size, rounding_mode="floor"), sums.abs(), size)
-    return rows.max().sqrt().item() * _ALLOWANCE
+    most = len(terms) ** 2 * torch.cat([index for index, _ in terms]).bincount().max().item()
+    return rows.max().sqrt().item() * largest * (_ALLOWANCE + most * _ROUNDOFF)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_lipschitz.bounds.logs import log_sum, scaled
 from hf_lipschitz.bounds.regions import Region
 from hf_lipschitz.bounds.registry import Call, NoRule, rule
-from hf_lipschitz.bounds.rules.elementwise import channelwise
+from hf_lipschitz.bounds.rules.elementwise import channelwise, with_rows_times
 from hf_lipschitz.bounds.terms import added as added_terms
 from hf_lipschitz.bounds.terms import log_of_terms, origin_of
 from hf_lipschitz.bounds.terms import multiplied as multiplied_terms
@@ -85,7 +85,7 @@ def divided(call: Call) -> Dependent:
     r"""[`multiplied`] by 1/c. By a value B of range above b > 0, \(L_A/b + \|A\|_\infty L_B/b^2\)."""
     divisor = call["other"]
     if not isinstance(divisor, Dependent):
-        factor = 1 / torch.as_tensor(divisor, dtype=torch.float64)
+        factor = 1 / wide(divisor)
         lower, upper = _product(ends(call["self"]), (factor, factor))
         return times(call, call["self"], factor, lower, upper)
     low, high = ends(divisor)
@@ -139,20 +139,20 @@ def larger(call: Call) -> Dependent:
 
 def times(call: Call, value: Dependent, factor: Any, lower: Tensor, upper: Tensor) -> Dependent:
     """diag(c) x; rows of the layer before it where c differs by channel."""
-    factor = torch.as_tensor(factor).detach().to("cpu", torch.float64)
+    factor = wide(factor)
     gain = _met(factor, value, call.shape)
     if not math.isfinite(gain):
         raise NoRule("it is multiplied by a constant that is NaN or inf")
     log, weighted = scaled(value.log_lipschitz, gain), None
     if value.weighted is not None and value.shape == call.shape:
-        fused, weighted = channelwise(value.weighted, factor.expand(call.shape))
-        log = min(log, fused)
+        log = min(log, channelwise(value.weighted, factor.expand(call.shape)))
         # Only what is one number a channel leaves a linear layer with other rows.
         axis = value.weighted.axis % len(call.shape)
-        is_by_channel = all(size == 1 or i == axis for i, size in enumerate(_aligned(factor, call.shape)))
-        weighted = weighted if is_by_channel else None
+        if all(size == 1 or i == axis for i, size in enumerate(_aligned(factor, call.shape))):
+            weighted = with_rows_times(value.weighted, factor.flatten())
     origin = multiplied_terms(origin_of(value), factor, call.shape)
-    log = min(log, log_of_terms(origin, origin.terms))
+    if origin is not None:
+        log = min(log, log_of_terms(origin, origin.terms))
     radius = None
     if value.region.radius is not None and value.shape == call.shape:
         largest = factor.abs().amax(-1, keepdim=True) if factor.dim() else factor.abs()
@@ -168,6 +168,13 @@ def negated(call: Call) -> Dependent:
     return times(call, value, -1.0, -high, -low)
 
 
+def wide(constant: Any) -> Tensor:
+    """A tensor or number in float64; numbers are not rounded to float32 on the way."""
+    if isinstance(constant, Tensor):
+        return constant.detach().to("cpu", torch.float64)
+    return torch.tensor(constant, dtype=torch.float64)
+
+
 def ends(value: Any) -> tuple[Tensor, Tensor]:
     """The range of a value or constant."""
     if isinstance(value, Dependent):
@@ -176,11 +183,13 @@ def ends(value: Any) -> tuple[Tensor, Tensor]:
             torch.tensor(-math.inf, dtype=torch.float64) if low is None else low,
             torch.tensor(math.inf, dtype=torch.float64) if high is None else high,
         )
-    constant = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    constant = wide(value)
     return constant, constant
 
 
 _ZERO = torch.zeros((), dtype=torch.float64)
+# Covers a float64 sum of squares of 2^20 entries.
+_SUM_ALLOWANCE = 1 + 2.0**-32
 
 
 def _aligned(factor: Tensor, shape: tuple[int, ...]) -> list[int]:
@@ -206,8 +215,11 @@ def _met(sizes: Tensor, value: Dependent, shape: tuple[int, ...]) -> float:
         return 0.0
     if value.shape == shape:
         return sizes.abs().max().item()
-    squares = sizes.square().expand(shape)
-    return squares.sum_to_size(value.shape).max().sqrt().item()
+    largest = sizes.abs().max().item()
+    if not 0 < largest < math.inf:
+        return largest
+    squares = (sizes / largest).square().expand(shape)
+    return squares.sum_to_size(value.shape).max().sqrt().item() * largest * _SUM_ALLOWANCE
 
 
 def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.bounds.logs import log_sum, scaled
-from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.regions import Region, length
 from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.values import Dependent
 
@@ -17,6 +17,8 @@ from hf_lipschitz.bounds.values import Dependent
 _aten = torch.ops.aten
 # Covers sums of some thousand terms, exponentials and roots in float64.
 _ROUNDING = 1 + 1e-11
+# Above what float64 loses where squares underflow.
+_TINY = 1e-300
 
 
 class _Tokens(NamedTuple):
@@ -67,7 +69,7 @@ def attention(call: Call) -> Dependent:
         radius = _moved(query, key, value, scale, spread_k, spread_v)
     by_value = weights.sum(-2).max().sqrt().item()
     by_query = (scale * spread_k * spread_v).max().item()
-    by_key = scale * (weights * (query.norm * spread_v).square()).sum(-2).max().sqrt().item()
+    by_key = scale * length(weights.sqrt() * query.norm * spread_v, -2).max().item()
     gains = (by_value * math.sqrt(repeats), by_query, by_key * math.sqrt(repeats))
     terms = []
     for tokens, gain in zip((value, query, key), gains, strict=True):
@@ -76,7 +78,7 @@ def attention(call: Call) -> Dependent:
         if not math.isfinite(gain):
             raise NoRule("queries, keys and values have no bounded norm, and dot products grow with them")
         terms.append(scaled(tokens.log_lipschitz, gain * _ROUNDING))
-    return Dependent(log_sum(terms), call.shape, _region(call, value, repeats, radius))
+    return Dependent(log_sum(terms), call.shape, _region(call, value, repeats, radius, mask.is_blind))
 
 
 def _repeats(call: Call, shapes: list[tuple[int, ...]]) -> int:
@@ -93,7 +95,7 @@ def _repeats(call: Call, shapes: list[tuple[int, ...]]) -> int:
 def _tokens(given: Any, repeats: int) -> _Tokens:
     if isinstance(given, Tensor):
         center = given.detach().to("cpu", torch.float64)
-        norm = torch.linalg.vector_norm(center, dim=-1, keepdim=True)
+        norm = length(center)
         log, radius, shape = -math.inf, torch.zeros_like(norm), center.shape
     else:
         region, shape, log = given.region, given.shape, given.log_lipschitz
@@ -110,8 +112,18 @@ def _tokens(given: Any, repeats: int) -> _Tokens:
     return _Tokens(log, by_head(norm, 1), by_head(center, shape[-1]), by_head(radius, 1))
 
 
-def _mask(call: Call, shapes: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """The additive mask, -inf where a key is hidden, and for each row the range of the rest."""
+class _Mask(NamedTuple):
+    """Added to the scores, -inf where a key is hidden; for each row the range of the rest, and whether it sees nothing.
+
+    All of the shape `(..., queries, keys)`, or with one for the keys.
+    """
+
+    added: Tensor
+    range: Tensor
+    is_blind: Tensor
+
+
+def _mask(call: Call, shapes: list[tuple[int, ...]]) -> _Mask:
     queries, keys = shapes[0][-2], shapes[1][-2]
     mask = torch.zeros(queries, keys, dtype=torch.float64)
     given = call["attn_mask"]
@@ -127,20 +139,21 @@ def _mask(call: Call, shapes: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     if call["is_causal"]:
         mask = mask + torch.full((queries, keys), -math.inf, dtype=torch.float64).triu(1)
     # A row that sees nothing is uniform or zero.
-    mask = torch.where(torch.isinf(mask).all(-1, keepdim=True), 0.0, mask)
+    is_blind = torch.isinf(mask).all(-1, keepdim=True)
+    mask = torch.where(is_blind, 0.0, mask)
     shown = torch.where(torch.isinf(mask), math.nan, mask)
     top = torch.nan_to_num(shown, nan=-math.inf).amax(-1, keepdim=True)
     low = torch.nan_to_num(shown, nan=math.inf).amin(-1, keepdim=True)
-    return mask, top - low
+    return _Mask(mask, top - low, is_blind)
 
 
 def _on_norms(
-    query: _Tokens, key: _Tokens, value: _Tokens, scale: float, mask: tuple[Tensor, Tensor]
+    query: _Tokens, key: _Tokens, value: _Tokens, scale: float, mask: _Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P, S_k and S_v from norms alone, and from the distance of the keys to their middle."""
-    visible = torch.isfinite(mask[0])
+    visible = torch.isfinite(mask.added)
     largest = _from_middle(key).amax(-2, keepdim=True)
-    score_range = 2 * scale * (query.norm * largest).nan_to_num(nan=math.inf) + mask[1]
+    score_range = 2 * scale * (query.norm * largest).nan_to_num(nan=math.inf) + mask.range
     seen = visible.sum(-1, keepdim=True)
     most = 1 / (1 + (seen - 1) * torch.exp(-score_range))
     weights = torch.where(visible, most, 0.0)
@@ -151,26 +164,24 @@ def _from_middle(tokens: _Tokens) -> Tensor:
     if tokens.center is None or tokens.radius is None:
         return tokens.norm
     middle = tokens.center.mean(-2, keepdim=True)
-    away = torch.linalg.vector_norm(tokens.center - middle, dim=-1, keepdim=True) + tokens.radius
+    away = length(tokens.center - middle) + tokens.radius
     is_nearer = away.amax(-2, keepdim=True) < tokens.norm.amax(-2, keepdim=True)
     return torch.where(is_nearer, away, tokens.norm)
 
 
-def _on_ball(
-    query: _Tokens, key: _Tokens, value: _Tokens, scale: float, mask: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _on_ball(query: _Tokens, key: _Tokens, value: _Tokens, scale: float, mask: _Mask) -> tuple[Tensor, Tensor, Tensor]:
     """P, S_k and S_v from the attention at the center."""
     middle = key.center.mean(-2, keepdim=True)
     keys = key.center - middle
-    present = (scale * query.center @ keys.mT + mask[0]).softmax(-1)
-    lengths = torch.linalg.vector_norm(query.center, dim=-1, keepdim=True)
-    sizes = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
+    present = (scale * query.center @ keys.mT + mask.added).softmax(-1)
+    lengths = length(query.center)
+    sizes = length(keys)
     most = scale * (lengths * key.radius.mT + query.radius * sizes.mT + query.radius * key.radius.mT)
     # exp of minus a large number is zero, and the quotient then at most 1 by the other bound.
     least = (present * torch.exp(-most)).sum(-1, keepdim=True)
     weights = torch.where(least > 0, present * torch.exp(most.clamp(max=700.0)) / least, 1.0)
     weights = torch.where(most > 700.0, 1.0, weights).clamp(max=1.0)
-    weights = torch.where(torch.isfinite(mask[0]), weights, 0.0) * _ROUNDING
+    weights = torch.where(torch.isfinite(mask.added), weights, 0.0) * _ROUNDING
     return weights, _deviation(weights, present, key), _deviation(weights, present, value)
 
 
@@ -183,9 +194,9 @@ def _deviation(weights: Tensor, present: Tensor, tokens: _Tokens) -> Tensor:
     total = weights.sum(-1).unsqueeze(-1).unsqueeze(-1)
     scatter = moments - outer - outer.mT + total * mean.unsqueeze(-1) * mean.unsqueeze(-2)
     # What cancels is lost relative to the moments.
-    lost = 1e-12 * torch.linalg.matrix_norm(moments)
+    lost = 1e-12 * torch.linalg.matrix_norm(moments) + _TINY
     norm = (torch.linalg.matrix_norm(scatter) + lost).sqrt().unsqueeze(-1)
-    return norm + (weights @ tokens.radius.square()).sqrt()
+    return norm + length(weights.sqrt() * tokens.radius.mT)
 
 
 def _moved(query: _Tokens, key: _Tokens, value: _Tokens, scale: float, spread_k: Tensor, spread_v: Tensor) -> Tensor:
@@ -194,8 +205,8 @@ def _moved(query: _Tokens, key: _Tokens, value: _Tokens, scale: float, spread_k:
     return by_value + scale * spread_v * (spread_k * query.radius + query.norm * by_key)
 
 
-def _region(call: Call, value: _Tokens, repeats: int, radius: Tensor | None) -> Region:
-    """An output is a mean of values."""
+def _region(call: Call, value: _Tokens, repeats: int, radius: Tensor | None, is_blind: Tensor) -> Region:
+    """An output is a mean of values, or zero where it sees none."""
     norm = value.norm.amax(-2, keepdim=True).expand(*call.shape[:-1], 1)
     given = call["value"]
     if isinstance(given, Tensor):
@@ -207,5 +218,7 @@ def _region(call: Call, value: _Tokens, repeats: int, radius: Tensor | None) -> 
     low, high = (x.expand(tuple(given.shape)) for x in (low, high))
     if repeats > 1:
         low, high = (x.repeat_interleave(repeats, -3) for x in (low, high))
-    ends = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
-    return Region(*ends, norm=norm, radius=radius)
+    low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
+    low = torch.where(is_blind, low.clamp(max=0), low)
+    high = torch.where(is_blind, high.clamp(min=0), high)
+    return Region(low, high, norm=norm, radius=radius)

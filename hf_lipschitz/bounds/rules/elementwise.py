@@ -19,6 +19,8 @@ from hf_lipschitz.bounds.values import Dependent, Weighted
 _aten = torch.ops.aten
 # Share of the largest square that the mean square of the channels may have, for another norm to be computed.
 _WORTH_IT = 0.9
+# Slopes that underflow are not zero.
+_TINY = 1e-300
 _Function = Callable[[Tensor], Tensor]
 
 
@@ -58,20 +60,25 @@ def through(value: Dependent, curve: Curve, shape: tuple[int, ...]) -> Dependent
         raise NoRule("its slope grows without bound, and no range of its argument is known")
     log = scaled(value.log_lipschitz, steepest)
     if value.weighted is not None and slopes.dim():
-        log = min(log, channelwise(value.weighted, slopes.expand(value.shape))[0])
+        log = min(log, channelwise(value.weighted, slopes.expand(value.shape)))
     return Dependent(log, shape, _image(value, curve, slopes))
 
 
-def channelwise(weighted: Weighted, slopes: Tensor) -> tuple[float, Weighted | None]:
-    """log of L ‖diag(d) W‖, d the largest of |slopes| in each channel; inf, and nothing, where they are much alike."""
+def channelwise(weighted: Weighted, slopes: Tensor) -> float:
+    """log of L ‖diag(d) W‖, d the largest of |slopes| in each channel; inf where they are much alike."""
     axis = weighted.axis % slopes.dim()
     largest = slopes.abs().movedim(axis, -1).reshape(-1, slopes.shape[axis]).amax(0)
     is_even = largest.numel() == 0 or largest.square().mean() > _WORTH_IT * largest.square().max()
     if not bool(torch.isfinite(largest).all()) or is_even:
-        return math.inf, None
-    weight = weighted.weight.detach().double() * largest.reshape(-1, *[1] * (weighted.weight.dim() - 1))
-    log = scaled(weighted.log_lipschitz, norm_of(weight, weighted.geometry))
-    return log, weighted._replace(weight=weight)
+        return math.inf
+    fused = with_rows_times(weighted, largest)
+    return scaled(weighted.log_lipschitz, norm_of(fused.weight, weighted.geometry))
+
+
+def with_rows_times(weighted: Weighted, factors: Tensor) -> Weighted:
+    """diag(c) W, c one factor or one a channel, with their signs."""
+    factors = factors.reshape(-1, *[1] * (weighted.weight.dim() - 1))
+    return weighted._replace(weight=weighted.weight.detach().to("cpu", torch.float64) * factors)
 
 
 def _image(value: Dependent, curve: Curve, slopes: Tensor) -> Region:
@@ -106,7 +113,7 @@ def peaks(derivative: _Function, *at: float) -> Callable[[Tensor, Tensor], Tenso
             inside = (lower <= point + 1e-4) & (point - 1e-4 <= upper)
             peak = derivative(torch.tensor(point, dtype=torch.float64)).abs() * (1 + 1e-7)
             found = torch.where(inside, torch.maximum(found, peak), found)
-        return found * (1 + 1e-12)
+        return found * (1 + 1e-12) + _TINY
 
     return on
 
@@ -118,14 +125,16 @@ def _gelu_slope(u: Tensor) -> Tensor:
 
 def _silu_slope(u: Tensor) -> Tensor:
     s = torch.sigmoid(u)
-    return s + torch.where(u.isinf(), 0.0, u * s * (1 - s))
+    return s + torch.where(u.isinf(), 0.0, u * s * torch.sigmoid(-u))
 
 
 def _tanh_gelu_slope(u: Tensor) -> Tensor:
     root = math.sqrt(2 / math.pi)
-    t = torch.tanh(root * (u + 0.044715 * u**3))
+    w = 2 * root * (u + 0.044715 * u**3)
     inner = root * (1 + 3 * 0.044715 * u.square())
-    return 0.5 * (1 + t) + torch.where(u.isinf(), 0.0, 0.5 * u * (1 - t.square()) * inner).nan_to_num()
+    # (1 + tanh(w/2))/2 and 1 - tanh(w/2)² without what cancels.
+    bell = torch.sigmoid(w) * torch.sigmoid(-w)
+    return torch.sigmoid(w) + torch.where(u.isinf() | (bell == 0), 0.0, 2 * u * bell * inner)
 
 
 def _relu_slope(lower: Tensor, upper: Tensor) -> Tensor:
@@ -166,8 +175,8 @@ RELU = Curve(torch.relu, 1.0, _relu_slope)
 _CURVES: dict[object, Curve] = {
     _aten.relu.default: RELU,
     _aten.relu6.default: Curve(functional.relu6, 1.0, lambda a, b: ((b > 0) & (a < 6)).double()),
-    _aten.tanh.default: Curve(torch.tanh, 1.0, peaks(lambda u: 1 - torch.tanh(u).square(), 0.0)),
-    _aten.sigmoid.default: Curve(torch.sigmoid, 0.25, peaks(lambda u: torch.sigmoid(u) * (1 - torch.sigmoid(u)), 0.0)),
+    _aten.tanh.default: Curve(torch.tanh, 1.0, peaks(lambda u: 4 * torch.sigmoid(2 * u) * torch.sigmoid(-2 * u), 0.0)),
+    _aten.sigmoid.default: Curve(torch.sigmoid, 0.25, peaks(lambda u: torch.sigmoid(u) * torch.sigmoid(-u), 0.0)),
     _aten.abs.default: Curve(torch.abs, 1.0, turning=(0.0,)),
     _aten.silu.default: SILU,
     _aten.hardswish.default: Curve(_finite(functional.hardswish, 0.0, math.inf), 1.5, turning=(-3.0, -1.5)),
@@ -175,7 +184,7 @@ _CURVES: dict[object, Curve] = {
     _aten.erf.default: Curve(
         torch.erf, 1.128379168, peaks(lambda u: 2 / math.sqrt(math.pi) * torch.exp(-u.square()), 0.0)
     ),
-    _aten.exp.default: Curve(torch.exp, math.inf, lambda a, b: torch.exp(b)),
+    _aten.exp.default: Curve(torch.exp, math.inf, lambda a, b: torch.exp(b) * (1 + 1e-12) + _TINY),
     _aten.log.default: Curve(torch.log, math.inf, lambda a, b: torch.where(a > 0, 1 / a, math.inf)),
     _aten.sqrt.default: Curve(torch.sqrt, math.inf, lambda a, b: torch.where(a > 0, 0.5 * a.rsqrt(), math.inf)),
     _aten.rsqrt.default: Curve(torch.rsqrt, math.inf, lambda a, b: torch.where(a > 0, 0.5 * a.pow(-1.5), math.inf)),
@@ -244,7 +253,9 @@ def softplus(call: Call) -> Dependent:
     if float(call["beta"]) <= 0 or float(call["threshold"]) < 20:
         raise NoRule(f"softplus with beta={call['beta']} and threshold={call['threshold']} jumps")
     beta = float(call["beta"])
-    curve = Curve(lambda u: functional.softplus(u, beta), 1.0, lambda a, b: torch.sigmoid(beta * b) * (1 + 1e-12))
+    curve = Curve(
+        lambda u: functional.softplus(u, beta), 1.0, lambda a, b: torch.sigmoid(beta * b) * (1 + 1e-12) + _TINY
+    )
     return through(call.only("self"), curve, call.shape)
 
 

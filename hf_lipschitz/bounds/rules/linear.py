@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_lipschitz.bounds.logs import log_sum, scaled
-from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.regions import Region, length
 from hf_lipschitz.bounds.registry import Call, NoRule, rule
 from hf_lipschitz.bounds.values import Dependent, Weighted
 from hf_lipschitz.functional.geometry import conv_geometry
@@ -57,7 +57,7 @@ def matrix_product(call: Call) -> Dependent:
     value, factor = (left, right) if isinstance(left, Dependent) else (right, left)
     if factor.dim() < 2 or len(value.shape) < 2:
         # The Frobenius norm; of a vector and a matrix it is their norm or above it.
-        return call.gives(value, torch.linalg.vector_norm(factor.detach().double()).item() * _SUM_ALLOWANCE)
+        return call.gives(value, length(factor.detach().double(), None).item() * _SUM_ALLOWANCE)
     if factor.dim() == 2:
         if value is left:
             return dense(call, value, factor.mT, None, call.norms.of(factor))
@@ -82,11 +82,11 @@ def dense(call: Call, value: Dependent, weight: Tensor, bias: Tensor | None, nor
 def _dense_region(value: Dependent, weight: Tensor, bias: Tensor | None, norm: float) -> Region:
     region, wide = value.region, weight.detach().to("cpu", torch.float64)
     shift = torch.zeros((), dtype=torch.float64) if bias is None else bias.detach().to("cpu", torch.float64)
-    rows = torch.linalg.vector_norm(wide, dim=1)
+    rows = length(wide, 1, keepdim=False)
     parts: dict[str, Any] = {"lower": None, "upper": None}
     candidates = []
     if region.norm is not None:
-        parts["norm"] = norm * region.norm + torch.linalg.vector_norm(shift)
+        parts["norm"] = norm * region.norm + length(shift, None)
         half = rows * region.norm
         candidates.append((shift - half, shift + half))
     if region.radius is not None and region.center is not None:
@@ -146,12 +146,12 @@ def _largest_norm(value: Dependent) -> float:
     """Bound of the spectral norm of each matrix of a stack."""
     found = []
     if value.region.norm is not None:
-        squares = value.region.norm.square().expand(*value.shape[:-1], 1)
-        found.append(squares.sum(-2).max().sqrt().item())
+        found.append(length(value.region.norm.expand(*value.shape[:-1], 1), -2).max().item() * _SUM_ALLOWANCE)
     sizes = value.region.magnitude()
     if sizes is not None:
         sizes = sizes.expand(value.shape)
-        found.append((sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)).max().sqrt().item())
+        largest = sizes.sum(-1).amax(-1).sqrt() * sizes.sum(-2).amax(-1).sqrt()
+        found.append(largest.max().item() * _SUM_ALLOWANCE)
     least = min((x for x in found if not math.isnan(x)), default=math.inf)
     if not math.isfinite(least):
         raise NoRule("it multiplies two values that depend on the input, and the range of one is not known")

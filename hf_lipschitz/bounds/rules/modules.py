@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lipschitz.bounds.logs import scaled
-from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.regions import Region, length
 from hf_lipschitz.bounds.registry import Call, module_rule
 from hf_lipschitz.bounds.rules.norms import Normalization, grouped, normalised
 from hf_lipschitz.bounds.values import Dependent
@@ -91,7 +91,7 @@ def _projection_slopes(value: Dependent, radius: float) -> Tensor:
     one = torch.ones((), dtype=torch.float64)
     if value.region.center is None or value.region.radius is None or not math.isfinite(radius):
         return one
-    least = torch.linalg.vector_norm(value.region.center, dim=-1, keepdim=True) - value.region.radius
+    least = length(value.region.center) - value.region.radius
     return torch.where(least > radius, radius / least, one) * (1 + 1e-12)
 
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.bounds.logs import scaled
-from hf_lipschitz.bounds.regions import Region
+from hf_lipschitz.bounds.regions import Region, length
 from hf_lipschitz.bounds.registry import Call, NoRule, rule
-from hf_lipschitz.bounds.rules.elementwise import channelwise
+from hf_lipschitz.bounds.rules.elementwise import channelwise, with_rows_times
 from hf_lipschitz.bounds.values import Dependent, Gained
 from hf_lipschitz.nn.gains import centred_norm, gain_of, largest_gain
 
 
 _aten = torch.ops.aten
+# Slopes that underflow are not zero.
+_TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ def layer_norm(call: Call) -> Dependent:
 def rms_norm(call: Call) -> Dependent:
     """See [`normalised`], without the mean."""
     value = call.only("input")
-    eps = torch.finfo(torch.float32).eps if call["eps"] is None else call["eps"]
-    norm = Normalization(tuple(call["normalized_shape"]), eps, call["weight"], is_centred=False)
+    norm = Normalization(tuple(call["normalized_shape"]), call["eps"], call["weight"], is_centred=False)
     return normalised(call, value, norm)
 
 
@@ -113,7 +114,7 @@ def grouped(call: Call, value: Dependent, groups: int, weight: Tensor | None, ep
             x.expand(value.shape).reshape(value.shape[0], groups, -1) for x in (value.region.center, offsets)
         )
         spread = torch.linalg.vector_norm(center - center.mean(-1, keepdim=True), dim=-1)
-        least = (spread - torch.linalg.vector_norm(moved, dim=-1)).clamp(min=0) / math.sqrt(width)
+        least = (spread - length(moved, keepdim=False)).clamp(min=0) / math.sqrt(width)
     least = (least.square() + eps).sqrt().clamp(min=floor) * (1 - 1e-12)
     return call.gives(value, largest_gain(weight, 0.0) / least.min().item())
 
@@ -128,15 +129,15 @@ def batch_norm(call: Call) -> Dependent:
         raise NoRule("without running statistics it normalises by those of the batch")
     gains = 1 / (call["running_var"].detach().double() + call["eps"]).sqrt()
     if call["weight"] is not None:
-        gains = gains * call["weight"].detach().double().abs()
-    largest = gains.amax().item()
+        gains = gains * call["weight"].detach().double()
+    largest = gains.abs().amax().item()
     if not math.isfinite(largest):
         raise NoRule("its statistics or weight are NaN or inf, or a variance is not above -eps")
     log, weighted = scaled(value.log_lipschitz, largest), None
-    if value.weighted is not None:
+    if value.weighted is not None and value.weighted.axis % len(value.shape) == 1:
         shape = (-1, *[1] * (len(value.shape) - 2))
-        fused, weighted = channelwise(value.weighted, gains.reshape(shape).expand(value.shape))
-        log = min(log, fused)
+        log = min(log, channelwise(value.weighted, gains.reshape(shape).expand(value.shape)))
+        weighted = with_rows_times(value.weighted, gains)
     return Dependent(log, call.shape, _standardised(call, value), weighted=weighted)
 
 
@@ -149,24 +150,24 @@ def softmax(call: Call) -> Dependent:
     lower, upper = value.region.lower, value.region.upper
     gain = 0.5
     if lower is not None and upper is not None:
-        low, high = (x.expand(value.shape).movedim(call["dim"], -1) for x in (lower, upper))
-        if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-            # The entry at one end and the others at the opposite one.
-            pairs = (high, low), (low, high)
-            most, least = (_share(own, others).movedim(-1, call["dim"]) for own, others in pairs)
-            nearest = torch.where((least <= 0.5) & (most >= 0.5), 0.5, torch.where(most < 0.5, most, least))
-            gain = min(gain, 2 * (nearest * (1 - nearest)).max().item() * (1 + 1e-9))
-            zero, one = least, most
+        low, high = (end.expand(value.shape).movedim(call["dim"], -1) for end in (lower, upper))
+        least, most = _share(low, high), _share(high, low)
+        nearest = torch.where(most[0] < 0.5, most[0] * most[1], least[0] * least[1])
+        nearest = torch.where((least[0] <= 0.5) & (most[0] >= 0.5), 0.25, nearest).nan_to_num(nan=0.25)
+        gain = min(gain, 2 * nearest.max().item() * (1 + 1e-9) + _TINY)
+        zero = least[0].nan_to_num(nan=0.0).movedim(-1, call["dim"])
+        one = most[0].nan_to_num(nan=1.0).movedim(-1, call["dim"])
     is_last = call["dim"] in (-1, len(value.shape) - 1)
     return call.gives(value, gain, Region(zero, one, norm=torch.ones(1, dtype=torch.float64) if is_last else None))
 
 
-def _share(own: Tensor, others: Tensor) -> Tensor:
-    """exp(own_i) / (exp(own_i) + Σ_{j≠i} exp(others_j))."""
-    top = torch.maximum(own, others).amax(-1, keepdim=True)
-    own, others = torch.exp(own - top), torch.exp(others - top)
-    rest = (others.sum(-1, keepdim=True) - others).clamp(min=0)
-    return own / (own + rest)
+def _share(own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(own_i) / (exp(own_i) + Σ_{j≠i} exp(others_j)) along the last axis, and what is left to 1."""
+    none = torch.full_like(others[..., :1], -math.inf)
+    before = torch.cat([none, others[..., :-1].logcumsumexp(-1)], -1)
+    after = torch.cat([others.flip(-1)[..., :-1].logcumsumexp(-1).flip(-1), none], -1)
+    ahead = own - torch.logaddexp(before, after)
+    return torch.sigmoid(ahead), torch.sigmoid(-ahead)
 
 
 def _least_deviation(value: Dependent, norm: Normalization, width: int) -> Tensor:
@@ -180,11 +181,11 @@ def _least_deviation(value: Dependent, norm: Normalization, width: int) -> Tenso
         offsets = region.offsets()
         if offsets is None:
             return torch.zeros((), dtype=torch.float64)
-        moved = torch.linalg.vector_norm(offsets.expand(value.shape), dim=axes, keepdim=True)
+        moved = length(offsets.expand(value.shape), axes)
     center = region.center.expand(value.shape)
     if norm.is_centred:
         center = center - center.mean(axes, keepdim=True)
-    spread = torch.linalg.vector_norm(center, dim=axes, keepdim=True)
+    spread = length(center, axes)
     return (spread - moved).clamp(min=0) / math.sqrt(width)
 
 
@@ -197,7 +198,7 @@ def _image(norm: Normalization, width: int, radius: Tensor | None) -> Region:
     half = math.sqrt(width - 1 if norm.is_centred else width) * gain.abs()
     token = None
     if len(norm.shape) == 1:
-        token = (math.sqrt(width) * gain.abs().max() + torch.linalg.vector_norm(bias.expand(norm.shape))).reshape(1)
+        token = (math.sqrt(width) * gain.abs().max() + length(bias.expand(norm.shape), None)).reshape(1)
     return Region(bias - half, bias + half, norm=token, radius=radius)
 
 

@@ -34,7 +34,7 @@ _SELECTIONS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *(_aten.reflection_pad1d.default, _aten.reflection_pad2d.default, _aten.reflection_pad3d.default),
             *(_aten.replication_pad1d.default, _aten.replication_pad2d.default, _aten.replication_pad3d.default),
             *(_aten.mT.default, _aten.numpy_T.default, _aten.pixel_shuffle.default, _aten.pixel_unshuffle.default),
-            *(_aten.diagonal.default, _aten.narrow.default, _aten.as_strided.default),
+            *(_aten.diagonal.default, _aten.narrow.default),
         ),
         (("self",), ()),
     ),
