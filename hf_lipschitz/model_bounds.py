@@ -203,6 +203,7 @@ def function_of(
         if PIXELS not in inputs:
             raise ValueError('wrt="pixels" needs the images in [0, 1] as example_inputs["pixels"]')
         pixels = PixelInput(image_processor)
+        pixels.check(image_processor, *inputs[PIXELS].shape[-3:])
     if "use_cache" in parameters:
         inputs.setdefault("use_cache", False)
     return _Output(model, output, pixels), inputs, chosen_input(inputs, wrt)

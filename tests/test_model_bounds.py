@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import ViTImageProcessor
 
@@ -86,6 +87,37 @@ def test_pixels_go_through_the_processor(size: dict[str, int], resample: int) ->
     assert found.shape == expected.shape
     # The processor rounds to whole grey levels after each axis: half of one each, over the least deviation.
     assert (found - expected).abs().max() <= 2 / 255 / 0.2
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "is_known"),
+    [
+        ("ViT", (300, 200), True),
+        ("CLIP", (300, 200), True),
+        ("ConvNext", (224, 224), True),
+        ("ConvNext", (300, 200), False),  # resizes to more than it cuts out
+        ("EfficientNet", (64, 64), False),  # divides by the deviation twice
+        ("MobileViT", (256, 256), False),  # turns the channels around
+        ("PoolFormer", (64, 64), False),
+        ("Donut", (64, 64), False),  # pads
+    ],
+)
+def test_processors_that_do_more_are_refused(kind: str, size: tuple[int, int], is_known: bool) -> None:
+    processor = getattr(transformers, f"{kind}ImageProcessor")()
+    pixels = torch.rand(1, 3, *size)
+
+    class Mean(nn.Module):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return pixel_values.mean((-1, -2))
+
+    def bound() -> float:
+        return lipschitz_bound(Mean().eval(), {"pixels": pixels}, wrt="pixels", image_processor=processor).value
+
+    if is_known:
+        assert 0 < bound() < math.inf
+    else:
+        with pytest.raises(ValueError, match=f"{kind}.*process the images yourself"):
+            bound()
 
 
 def test_the_constant_of_the_processor_is_exact() -> None:

@@ -12,6 +12,8 @@ from torch.nn import functional
 PIXELS = "pixels"
 # PIL's resampling filters by their number.
 _MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+# Rounding to whole grey levels, once for each axis that is resized and once at the end.
+_GREY = 4 / 255
 
 
 class PixelInput(nn.Module):
@@ -58,6 +60,30 @@ class PixelInput(nn.Module):
             )
         return (pixels - self.mean.to(pixels.dtype)) / self.std.to(pixels.dtype)
 
+    def check(self, image_processor: Any, channels: int, height: int, width: int) -> None:
+        """Compares with what the processor gives for images of one size: flat ones, and one that varies smoothly.
+
+        Raises:
+            ValueError: they differ by more than the rounding to grey levels.
+        """
+        levels = torch.tensor([[0, 0, 0, 0], [255, 255, 255, 255], [40, 120, 200, 80]], dtype=torch.uint8)
+        flats = [row[:channels, None, None].expand(-1, height, width) for row in levels]
+        for image, most in (*((flat, 1e-4) for flat in flats), (_smooth(channels, height, width), _GREY)):
+            found = self._processed(image_processor, image)
+            expected = self(image[None].double() / 255)
+            is_alike = found.shape == expected.shape
+            if not is_alike or ((found - expected).abs() * self.std).max() > most:
+                raise ValueError(
+                    f"{self.processor} does not only resize, cut out the middle and normalise by a mean and deviation "
+                    f"a channel at {height} x {width} pixels, so that the bound would be of another function: process "
+                    "the images yourself, and pass pixel_values"
+                )
+
+    def _processed(self, image_processor: Any, image: Tensor) -> Tensor:
+        array = image.permute(1, 2, 0).numpy()
+        found = image_processor(array, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        return torch.as_tensor(found).double()
+
     def _target(self, height: int, width: int) -> tuple[int, int]:
         if self.size is None:
             return height, width
@@ -72,6 +98,13 @@ class PixelInput(nn.Module):
             f"{self.processor} resizes to {self.size}, which is not known here: resize the images "
             "yourself, and pass pixel_values"
         )
+
+
+def _smooth(channels: int, height: int, width: int) -> Tensor:
+    """A whole-number image whose channels, rows and columns can be told apart."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    planes = [0.5 + 0.3 * torch.sin(2.1 * x + 0.8 * c) + 0.2 * torch.cos(2.9 * y - c) for c in range(channels)]
+    return (255 * torch.stack(planes)).round().to(torch.uint8)
 
 
 def normalisation(processor: Any) -> tuple[Tensor, Tensor]:

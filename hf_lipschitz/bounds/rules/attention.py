@@ -113,7 +113,7 @@ def _tokens(given: Any, repeats: int) -> _Tokens:
 
 
 class _Mask(NamedTuple):
-    """Added to the scores, -inf where a key is hidden; for each row the range of the rest, and whether it sees nothing.
+    """Added to the scores, -inf where a key is hidden; for each row the range of the rest, and whether it sees none.
 
     All of the shape `(..., queries, keys)`, or with one for the keys.
     """
