@@ -85,6 +85,7 @@ def state_of(program: ExportedProgram) -> dict[str, Any]:
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_lifted_custom_objs,
     }
     return {name: on_cpu(state[target]) for name, target in names.items()}
 

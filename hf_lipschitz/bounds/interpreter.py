@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -265,7 +265,18 @@ class Interpreter:
                 tainted.add(node)
             if node in self._refusals and node in on_the_way and not is_consequence:
                 costs.append(self._cost(node, math.inf, self._refusals[node]))
-        return tuple(costs)
+        return tuple(costs) or tuple(self._first_unknown(on_the_way))
+
+    def _first_unknown(self, on_the_way: set[Node]) -> Iterator[Cost]:
+        """Of nodes without a constant although all that goes into them has one, as positions of a maximum."""
+        unknown = {
+            node
+            for node in on_the_way
+            if _is_dependent(self._values.get(node)) and _log_of(self._values[node]) == math.inf
+        }
+        for node in self.program.graph.nodes:
+            if node in unknown and not unknown & set(node.all_input_nodes):
+                yield self._cost(node, math.inf, "positions of its entries jump as the input moves")
 
     def _chain(self, ends: list[Node], reached: Mapping[Node, float]) -> tuple[Cost, ...]:
         """From an output back along the largest constants; the factors multiply to the whole."""

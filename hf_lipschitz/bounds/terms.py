@@ -31,8 +31,11 @@ class Term(NamedTuple):
 
 def origin_of(value: Dependent) -> Origin:
     """Where the entries of a value come from; itself, if nothing is known."""
-    if value.origin is not None:
-        return value.origin
+    return origin_of_itself(value) if value.origin is None else value.origin
+
+
+def origin_of_itself(value: Dependent) -> Origin:
+    """Each entry is one of this value."""
     return Origin(value, value.log_lipschitz, value.size, (Term(counted(value.shape), _ONE.expand(value.shape)),))
 
 

@@ -221,3 +221,30 @@ def test_inputs_that_are_changed_in_place() -> None:
     (found,) = certify_deterministic(Turned().eval(), (torch.tensor([[-4.0]]),))
     assert found.prediction == 0
     assert 4 / math.sqrt(2) * (1 - 1e-6) <= found.radius <= 4
+
+
+def test_sums_of_many_entries_are_followed_no_further() -> None:
+    x = torch.zeros(1, 9_000_000)
+    assert bound_of(lambda x: (x * 2 + x.flip(-1)).view(2, -1), x) == pytest.approx(3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [lambda x: x.topk(2, -1)[1].double(), lambda x: x.max(-1)[1] + x.sum(-1), lambda x: x.sort(-1)[1].to(x.dtype)],
+)
+def test_positions_are_to_blame(positions: Callable[[Tensor], Tensor]) -> None:
+    bound = lipschitz_bound(Function(positions), {"x": torch.randn(2, 4)})
+    assert bound.value == math.inf
+    assert bound.blame
+    assert "jump" in str(bound)
+    with pytest.raises(ValueError, match="jump"):
+        certify_deterministic(Function(lambda x: x.topk(2, -1)[1].double()), (torch.randn(2, 4),))
+
+
+def test_a_generator_made_on_the_way_is_named() -> None:
+    def noisy(x: Tensor) -> Tensor:
+        return x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+
+    bound = lipschitz_bound(Function(noisy), {"x": torch.randn(3)})
+    assert bound.value == math.inf
+    assert "randn" in str(bound) or "export" in str(bound)

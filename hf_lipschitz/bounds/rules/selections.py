@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from hf_lipschitz.bounds.logs import log_root_sum_squares
 from hf_lipschitz.bounds.regions import Region
 from hf_lipschitz.bounds.registry import RULES, Call, NoRule, depends, rule
-from hf_lipschitz.bounds.terms import CONSTANT, Term, counted, log_of_terms, origin_of
+from hf_lipschitz.bounds.terms import CONSTANT, Term, counted, log_of_terms, origin_of, origin_of_itself
 from hf_lipschitz.bounds.values import Dependent, Origin, Weighted
 
 
@@ -58,10 +58,20 @@ def selected(call: Call) -> Dependent | tuple[Dependent, ...]:
     stand side by side, \(\sqrt{\sum_b m_b L_b^2}\). Entries are followed through all such operators in a row, so that
     cutting a tensor in parts and joining them again costs nothing; see [`log_of_terms`].
     """
-    data, numbers = _SELECTIONS[call.operator]
+    data, _ = _SELECTIONS[call.operator]
     _check_constant(call, data)
     sources = _sources(call, data)
-    origins = {id(source): origin_of(source) for source in sources}
+    results = _selected(call, sources, {id(source): origin_of(source) for source in sources})
+    if any(result.log_lipschitz == math.inf for result in results):
+        # Sums of too many terms: then the entries are those of the sources.
+        results = _selected(call, sources, {id(source): origin_of_itself(source) for source in sources})
+    if len(results) == 1 and len(sources) == 1 and sources[0].weighted is not None:
+        results = [dataclasses.replace(results[0], weighted=_weighted(call, data, sources[0], results[0]))]
+    return tuple(results) if len(results) > 1 or _gives_tuple(call) else results[0]
+
+
+def _selected(call: Call, sources: list[Dependent], origins: dict[int, Origin]) -> list[Dependent]:
+    data, numbers = _SELECTIONS[call.operator]
     bases = {id(origin.base): origin for origin in origins.values()}
     offsets = dict(zip(bases, itertools.accumulate([0, *(base.size for base in bases.values())]), strict=False))
     most = max(len(origin.terms) for origin in origins.values())
@@ -74,9 +84,7 @@ def selected(call: Call) -> Dependent | tuple[Dependent, ...]:
         logs = [log_of_terms(base, own, offsets[key]) for key, base in bases.items()]
         origin = next(iter(bases.values()))._replace(terms=own) if len(bases) == 1 else None
         results.append(Dependent(log_root_sum_squares(logs), tuple(own[0].index.shape), region, origin))
-    if count == 1 and len(sources) == 1 and sources[0].weighted is not None:
-        results = [dataclasses.replace(results[0], weighted=_weighted(call, data, sources[0], results[0]))]
-    return tuple(results) if count > 1 or _gives_tuple(call) else results[0]
+    return results
 
 
 def _gives_tuple(call: Call) -> bool:
