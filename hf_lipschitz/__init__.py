@@ -2,8 +2,8 @@
 
 from hf_lipschitz.bounds import LipschitzBound
 from hf_lipschitz.calibration import calibrate
-from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, certified_accuracy
-from hf_lipschitz.configuration import LipschitzConfig, SmoothingConfig
+from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, SmoothingConfig, certified_accuracy
+from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.conversion import lipschitzify, materialized, merge
 from hf_lipschitz.deterministic import certify_deterministic
 from hf_lipschitz.integrations.lora import LipschitzLoraConfig, lipschitz_lora_config

@@ -160,10 +160,18 @@ def certify(
         "results.jsonl"
     ),
     n0: Annotated[int, typer.Option(help="Samples that choose the class.")] = 100,
-    n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 10_000,
+    n: Annotated[
+        int, typer.Option(help="Samples that bound its probability; with --radii the most of them.")
+    ] = 10_000,
+    radii: Annotated[
+        list[float] | None, typer.Option(help="Sample only until it is decided which of these are certified.")
+    ] = None,
     alpha: Annotated[float, typer.Option(help="Probability that one certificate is wrong.")] = 1e-3,
-    certificate: Annotated[str, typer.Option(help="two_class, one_class, lvm or deterministic.")] = "two_class",
-    batch_size: Annotated[int, typer.Option(help="Noisy copies a forward pass.")] = 500,
+    certificate: Annotated[
+        str, typer.Option(help="two_class, one_class, class_partition, lvm, lipschitz or deterministic.")
+    ] = "two_class",
+    noise: Annotated[str, typer.Option(help="gaussian, exact, laplace or uniform.")] = "gaussian",
+    batch_size: Annotated[int, typer.Option(help="Noisy copies a forward pass.")] = 100,
     limit: Annotated[int | None, typer.Option(help="Certify the first so many held-out inputs.")] = None,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -178,7 +186,15 @@ def certify(
         from hf_lipschitz.summary import summarize
 
         config = SmoothingConfig(
-            sigma=sigma, n0=n0, n=n, alpha=alpha, certificate=certificate, batch_size=batch_size, seed=seed
+            sigma=sigma,
+            n0=n0,
+            n=n,
+            alpha=alpha,
+            certificate=certificate,
+            noise=noise,
+            radii=sorted(radii) if radii else None,
+            batch_size=batch_size,
+            seed=seed,
         )
         data = load(dataset)
         certifier = pipeline("certified-classification", model=model, smoothing=config, device=device)
@@ -203,7 +219,7 @@ def report(
         found = read_results(results)
         if not found.certificates:
             raise ValueError(f"{results} holds no certificate yet; run hf-lipschitz certify to the end")
-        labels = found.config["labels"][: len(found.certificates)]
+        labels = [found.config["labels"][certificate.index] for certificate in found.certificates]
         console.print(summarize(found.certificates, labels))
         if curve is not None:
             certified_accuracy_curve(found.certificates, labels, curve)

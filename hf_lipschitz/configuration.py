@@ -1,4 +1,4 @@
-"""Configurations: plain data, validated, with an exact JSON round trip."""
+"""The configuration of a constrained model: plain data, validated, with an exact JSON round trip."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_lipschitz.functional.simplex import SIMPLEX_MAPS
+from hf_lipschitz.fields import check_fields, check_int, check_name, names, real
 from hf_lipschitz.version import __version__
 
 
@@ -21,12 +21,6 @@ NORMS = ("floor", "centred")
 ACTIVATIONS = ("bounded", "maxmin")
 # What `num_iterations=None` stands for.
 NUM_ITERATIONS = {"rescaling": 3, "aol": 1, "sll": 1}
-
-# Filled further by `hf_lipschitz.certification.procedures.register_certificate`, which imports this module.
-CERTIFICATES: list[str] = ["two_class", "one_class", "lvm", "deterministic"]
-
-# Between these, sigma and every sample of the noise are normal float32 numbers.
-SIGMA_MIN, SIGMA_MAX = 2.0**-100, 2.0**120
 
 
 @dataclass(frozen=True)
@@ -114,18 +108,18 @@ class LipschitzConfig:
 
     def __post_init__(self) -> None:
         if self.layer_lipschitz is not None:
-            object.__setattr__(self, "layer_lipschitz", _real("layer_lipschitz", self.layer_lipschitz))
+            object.__setattr__(self, "layer_lipschitz", real("layer_lipschitz", self.layer_lipschitz))
             if not 0 < self.layer_lipschitz < math.inf:
                 raise ValueError(f"layer_lipschitz must be positive and finite, or None, got {self.layer_lipschitz}.")
-        _check_name("mode", self.mode, MODES)
+        check_name("mode", self.mode, MODES)
         for name in ("target_modules", "exclude_modules", "layers"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, _names(name, value))
-        _check_int("refresh_every", self.refresh_every)
+                object.__setattr__(self, name, names(name, value))
+        check_int("refresh_every", self.refresh_every)
         if self.refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {self.refresh_every}.")
-        object.__setattr__(self, "rtol", _real("rtol", self.rtol))
+        object.__setattr__(self, "rtol", real("rtol", self.rtol))
         if not 0 < self.rtol < 1:
             raise ValueError(f"rtol must be in (0, 1), got {self.rtol}.")
         self._check_method()
@@ -133,7 +127,7 @@ class LipschitzConfig:
 
     def _check_method(self) -> None:
         if self.num_iterations is not None:
-            _check_int("num_iterations", self.num_iterations)
+            check_int("num_iterations", self.num_iterations)
             if self.num_iterations < 1:
                 raise ValueError(f"num_iterations must be at least 1, or None, got {self.num_iterations}.")
             if self.method in ("gram", "cpl") or (self.method == "aol" and self.num_iterations != 1):
@@ -151,9 +145,9 @@ class LipschitzConfig:
 
     def _check_replacements(self) -> None:
         asked = REPLACEMENTS if self.replace == "all" else self.replace
-        asked = _names("replace", (asked,) if isinstance(asked, str) else asked)
+        asked = names("replace", (asked,) if isinstance(asked, str) else asked)
         for kind in asked:
-            _check_name("replace", kind, ("all", *REPLACEMENTS))
+            check_name("replace", kind, ("all", *REPLACEMENTS))
         asked = REPLACEMENTS if "all" in asked else tuple(kind for kind in REPLACEMENTS if kind in asked)
         object.__setattr__(self, "replace", asked)
         if "weights" not in asked:
@@ -161,9 +155,9 @@ class LipschitzConfig:
                 f"replace={asked} must hold 'weights' as well: add it, with layer_lipschitz=None to leave the weights "
                 "as they are."
             )
-        _check_name("norm", self.norm, NORMS)
-        _check_name("activation", self.activation, ACTIVATIONS)
-        object.__setattr__(self, "residual_budget", _real("residual_budget", self.residual_budget))
+        check_name("norm", self.norm, NORMS)
+        check_name("activation", self.activation, ACTIVATIONS)
+        object.__setattr__(self, "residual_budget", real("residual_budget", self.residual_budget))
         if not 0 < self.residual_budget < math.inf:
             raise ValueError(f"residual_budget must be positive and finite, got {self.residual_budget}.")
         replaced = {kind: tuple(names) for kind, names in self.replaced.items()}
@@ -190,7 +184,7 @@ class LipschitzConfig:
             `ValueError`: a key is not a field.
         """
         values = {name: value for name, value in values.items() if name != "quant_method"}
-        _check_fields(cls, values)
+        check_fields(cls, values)
         return cls(**values)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -217,117 +211,3 @@ class LipschitzConfig:
                 if values is not None:
                     return cls.from_dict(values)
         raise ValueError(f"{directory} holds no {CONFIG_NAME} and no config.json of a lipschitzified model.")
-
-
-@dataclass(frozen=True)
-class SmoothingConfig:
-    r"""
-    How a classifier is smoothed and certified. Everything in it is fixed before the input is seen: choosing any of it
-    per input certifies two classes on overlapping balls.
-
-    Args:
-        sigma (`float`):
-            Standard deviation of the Gaussian noise, in the unit of the input that is certified. The default, 0, is
-            for `"deterministic"` alone.
-        n0 (`int`, *optional*, defaults to `100`):
-            Samples that choose the class. They are used for nothing else.
-        n (`int`, *optional*, defaults to `10_000`):
-            Samples that bound its probability.
-        alpha (`float`, *optional*, defaults to `1e-3`):
-            One-sided probability, at most 0.5, that a certificate is wrong.
-        batch_size (`int`, *optional*, defaults to `500`):
-            Samples a forward pass, rounded up to whole noise blocks. It does not change the noise.
-        seed (`int`, *optional*, defaults to `0`):
-            Any integer; the noise is a function of (seed, example index, stage, block).
-        certificate (`str`, *optional*, defaults to `"two_class"`):
-            `"two_class"`, `"one_class"` (Cohen et al. 2019), `"lvm"` (Delattre et al. 2024) or a registered name.
-            `"deterministic"` certifies the classifier itself by its Lipschitz constant, without noise: `sigma` is 0,
-            and the samples are not read.
-        simplex_map (`str`, *optional*, defaults to `"softmax"`):
-            Map from logits to scores, used by certificates on scores: `"softmax"`, `"sparsemax"` or a registered name.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Divisor of the logits before the simplex map.
-
-    Raises:
-        `TypeError`, `ValueError`: a field has a wrong type or value; the message names the field and the fix.
-    """
-
-    sigma: float = 0.0
-    n0: int = 100
-    n: int = 10_000
-    alpha: float = 1e-3
-    batch_size: int = 500
-    seed: int = 0
-    certificate: str = "two_class"
-    simplex_map: str = "softmax"
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("sigma", "alpha", "temperature"):
-            object.__setattr__(self, name, _real(name, getattr(self, name)))
-        for name in ("n0", "n", "batch_size", "seed"):
-            _check_int(name, getattr(self, name))
-        for name in ("n0", "n", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        _check_name("certificate", self.certificate, CERTIFICATES)
-        if self.certificate == "deterministic" and self.sigma != 0:
-            raise ValueError(f"certificate='deterministic' has no noise: leave sigma out, got {self.sigma}.")
-        if self.certificate != "deterministic" and not (SIGMA_MIN <= self.sigma <= SIGMA_MAX):
-            raise ValueError(
-                f"sigma must be positive and representable in float32 ({SIGMA_MIN} to {SIGMA_MAX}), got {self.sigma}."
-            )
-        if not (0 < self.alpha <= 0.5):
-            raise ValueError(
-                f"alpha must be in (0, 0.5], got {self.alpha}: it is the probability of a wrong certificate, and "
-                "alpha > 0.5 is refused."
-            )
-        if not (0 < self.temperature < math.inf):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}.")
-        _check_name("simplex_map", self.simplex_map, SIMPLEX_MAPS)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SmoothingConfig:
-        """
-        Inverse of `to_dict`.
-
-        Raises:
-            `ValueError`: a key is not a field, or `sigma` is missing.
-        """
-        _check_fields(cls, values)
-        if "sigma" not in values:
-            raise ValueError("SmoothingConfig needs sigma, the standard deviation of the noise.")
-        return cls(**values)
-
-
-def _check_fields(cls: type, values: dict[str, Any]) -> None:
-    fields = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}.")
-
-
-def _names(field: str, value: Any) -> tuple[str, ...]:
-    names = tuple(value)
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{field} must be a string or a non-empty list of strings, got {value!r}.")
-    return names
-
-
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {value!r}.")
-    return float(value)
-
-
-def _check_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
-
-
-def _check_name(field: str, value: Any, known: Iterable[str]) -> None:
-    if value not in list(known):
-        raise ValueError(f"Unknown {field} {value!r}; known: {', '.join(known)}.")

@@ -139,6 +139,8 @@ def finite_walk(graph: BoundedGraph) -> Walk:
 
 def pairwise_logs(walk: Walk, num_classes: int) -> Tensor:
     """log L of the differences of two logits, of shape (K, K), from the last layer where it is a linear one."""
+    if not walk.outputs:
+        return torch.full((num_classes, num_classes), -math.inf, dtype=torch.float64)
     (output,) = walk.outputs
     logs = torch.full((num_classes, num_classes), walk.log_value + 0.5 * math.log(2), dtype=torch.float64)
     head = output.weighted

@@ -59,7 +59,7 @@ def lipschitz_bound(
 
     Returns:
         [`LipschitzBound`]: of the function in exact arithmetic of the stored weights. On balls, values at the center
-        are computed in float64 with an allowance of 1e-9 of their size.
+        are computed in float64, with an allowance for their rounding that is carried from operator to operator.
 
     Raises:
         TypeError: the model is no module, or `wrt` no floating-point tensor.
@@ -122,6 +122,7 @@ def verify_lipschitz(
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     with materialized(model, copy=True) as plain:
         check_model(plain)
+        _fix_eps(plain, example_inputs)
         wide = plain.double()
     function, inputs, wrt = function_of(wide, _wide(example_inputs), wrt, output, image_processor)
     if radius is None and center is not None:
@@ -234,6 +235,16 @@ def _embedded(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         embedded = embeddings()(inputs[TOKENS])
     others = {name: value for name, value in inputs.items() if name != TOKENS}
     return {EMBEDDINGS: embedded, **others}
+
+
+def _fix_eps(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Gives norms without an eps the one of the dtype they compute in, before that becomes float64."""
+    values = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm) and module.eps is None:
+            dtype = module.weight.dtype if module.weight is not None else next(iter(dtypes), torch.float32)
+            module.eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def _wide(example_inputs: Mapping[str, Any] | Sequence[Any]) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence, Sized
+import inspect
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,13 +13,22 @@ from tqdm.auto import tqdm
 from transformers import Pipeline
 from transformers.image_utils import load_image
 
-from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier
-from hf_lipschitz.configuration import SmoothingConfig
+from hf_lipschitz.bounds import LipschitzBound
+from hf_lipschitz.certification import (
+    ABSTAIN,
+    Certificate,
+    Checkpoints,
+    SmoothedClassifier,
+    SmoothingConfig,
+    WindowOfInputs,
+    windows_of,
+)
 from hf_lipschitz.conversion import materialized
 from hf_lipschitz.deterministic import DETERMINISTIC, DeterministicClassifier
 from hf_lipschitz.fingerprints import fingerprint
 from hf_lipschitz.integrations.base_classifiers import PixelClassifier, base_classifier
-from hf_lipschitz.integrations.sharing import certify_in_shares
+from hf_lipschitz.integrations.sharing import certify_in_shares, processes_of
+from hf_lipschitz.model_bounds import graph_of
 
 
 if TYPE_CHECKING:
@@ -34,8 +45,8 @@ class CertifiedClassificationPipeline(Pipeline):
     then be finite: the bound is computed once for each shape of input, and anew when the weights change.
 
     Noise is added to the word embeddings of a text, or to the pixels of an image in [0, 1] after resizing and before
-    normalisation. The radius is in that unit, which each certificate names. Inputs are certified one by one; what is
-    batched are the noisy copies of an input.
+    normalisation. The radius is in that unit, which each certificate names. Noisy copies of the inputs of a list share
+    batches; with `radii` or `gain` each input is sampled only until it is decided.
 
     Args:
         model (`PreTrainedModel` or `str`):
@@ -43,11 +54,11 @@ class CertifiedClassificationPipeline(Pipeline):
         tokenizer, image_processor:
             What prepares its inputs; `pipeline(...)` loads them with the model.
         smoothing (`SmoothingConfig`, *optional*):
-            Or its fields as keywords: `sigma` (needed, but for `"deterministic"`), `n0`, `n`, `alpha`, `seed`,
-            `certificate`, `simplex_map`, `temperature`; `batch_size` is the number of noisy copies a forward pass. All
-            may be given in a call as well.
+            Or its fields as keywords, as `sigma` (needed, but for `"deterministic"`); `batch_size` is the number of
+            noisy copies a forward pass. All may be given in a call as well. For `"lipschitz"` the constant of the
+            model is computed if `score_lipschitz` is missing.
         accelerator (`accelerate.Accelerator`, *optional*):
-            Shares the inputs of a list over its processes. Every process returns the whole list, and the counts are
+            Shares the batches of a list over its processes. Every process returns the whole list, and the counts are
             those of one process.
         progress_bar (`bool`, *optional*, defaults to `True`):
             Shows one for lists, on the main process.
@@ -79,6 +90,7 @@ class CertifiedClassificationPipeline(Pipeline):
         self.progress_bar = progress_bar
         self.base_classifier = base_classifier(self.model, self.tokenizer, self.image_processor)
         self._deterministic: tuple[str, DeterministicClassifier] | None = None
+        self._bounds: dict[tuple[int, ...], LipschitzBound] = {}
 
     def _sanitize_parameters(
         self, smoothing: SmoothingConfig | None = None, **fields: Any
@@ -99,10 +111,7 @@ class CertifiedClassificationPipeline(Pipeline):
     def _forward(self, model_inputs: dict[str, Tensor], *, index: int = 0, **fields: Any) -> Certificate:
         if _config(fields).certificate == DETERMINISTIC:
             return self._deterministic[1].certify(model_inputs["x"], index)
-        smoothed = SmoothedClassifier(
-            self.base_classifier, self.model.config.num_labels, _config(fields), unit=self.base_classifier.unit
-        )
-        return smoothed.certify(model_inputs["x"], index)
+        return self.smoothed(_config(fields), model_inputs["x"]).certify(model_inputs["x"], index)
 
     def postprocess(self, certificate: Certificate) -> Certificate:
         if certificate.prediction == ABSTAIN:
@@ -133,8 +142,7 @@ class CertifiedClassificationPipeline(Pipeline):
                 Smoothing fields, in the place of the pipeline's own.
         """
         fields = self._fields(batch_size, **kwargs)
-        if _config(fields).certificate == DETERMINISTIC:
-            self._bind_weights()
+        self._bind_weights(_config(fields))
         show = self.progress_bar if progress_bar is None else progress_bar
 
         def certify(item: Any, position: int) -> Certificate:
@@ -144,7 +152,9 @@ class CertifiedClassificationPipeline(Pipeline):
             return certify(inputs, index)
         if not isinstance(inputs, Sized):
             return (certify(item, position) for position, item in enumerate(inputs, start=index))
-        return self._certify_list(inputs, index, certify, show)
+        if _config(fields).certificate == DETERMINISTIC:
+            return self._certify_one_by_one(inputs, index, certify, show)
+        return self._certify_together(inputs, index, _config(fields), show)
 
     def smoothing_config(self, **kwargs: Any) -> SmoothingConfig:
         """The smoothing of a call with these keywords.
@@ -159,15 +169,92 @@ class CertifiedClassificationPipeline(Pipeline):
         batch = batch_size if batch_size is not None else self._batch_size
         return fields if batch is None else {**fields, "batch_size": batch}
 
-    def _bind_weights(self) -> None:
+    def smoothed(self, config: SmoothingConfig, x: Tensor) -> SmoothedClassifier:
+        """The smoothed classifier of inputs of the shape of x; on materialised weights."""
+        if config.certificate == "lipschitz" and config.score_lipschitz is None:
+            config = dataclasses.replace(config, score_lipschitz=self._bound_for(x))
+        return SmoothedClassifier(
+            self.base_classifier, self.model.config.num_labels, config, unit=self.base_classifier.unit
+        )
+
+    def certify_windows(
+        self,
+        inputs: Sequence[Any],
+        config: SmoothingConfig,
+        *,
+        first: int = 0,
+        done: Container[int] = (),
+        checkpoints: Callable[[WindowOfInputs], Checkpoints] | None = None,
+    ) -> Iterator[tuple[int, Certificate]]:
+        """Certifies a list, a window of inputs at a time, on materialised weights.
+
+        Args:
+            inputs (`Sequence`):
+                Texts or images.
+            config (`SmoothingConfig`):
+                The smoothing.
+            first (`int`, *optional*, defaults to `0`):
+                Index of the first input.
+            done (`Container[int]`, *optional*):
+                Places that are certified already.
+            checkpoints (`Callable`, *optional*):
+                What keeps the counts of a window.
+
+        Yields:
+            `tuple[int, Certificate]`: the place of an input and its certificate, as soon as it is decided. Places that
+            are done may come again.
+        """
+        self._bind_weights(config)
+
+        def encode(place: int) -> Tensor:
+            return self.preprocess(inputs[place])["x"]
+
+        with self.device_placement(), materialized(self.model):
+            windows = windows_of(encode, len(inputs), done=done, by_shape=config.certificate == "lipschitz")
+            for window in windows:
+                kept = None if checkpoints is None else checkpoints(window)
+                found = self.smoothed(config, window.xs[0]).certify_together(
+                    window.xs,
+                    [first + place for place in window.places],
+                    processes=processes_of(self.accelerator),
+                    checkpoints=kept,
+                )
+                for place, certificate in found:
+                    yield window.places[place], self.postprocess(certificate)
+
+    def _bound_for(self, x: Tensor) -> LipschitzBound:
+        if tuple(x.shape) not in self._bounds:
+            (argument,) = inspect.signature(self.base_classifier.forward).parameters
+            bound = graph_of(self.base_classifier, {argument: x[None]}, argument).bound()
+            if bound.log_value == math.inf:
+                raise ValueError(
+                    "certificate='lipschitz' needs a finite Lipschitz constant of the model, and none is known: "
+                    f"{bound.blame[0]}. print(lipschitz_bound(...)) lists what is to blame"
+                )
+            self._bounds[tuple(x.shape)] = bound
+        return self._bounds[tuple(x.shape)]
+
+    def _bind_weights(self, config: SmoothingConfig) -> None:
         """Keeps the bounds of the weights that the model has at present, and no others."""
+        if config.certificate not in (DETERMINISTIC, "lipschitz"):
+            return
         present = fingerprint(self.model)
         if self._deterministic is None or self._deterministic[0] != present:
             self._deterministic = (present, DeterministicClassifier(self.base_classifier, self.base_classifier.unit))
+            self._bounds = {}
 
-    def _certify_list(self, inputs: Sequence[Any], first: int, certify: Any, show: bool) -> list[Certificate]:
-        is_main = self.accelerator is None or self.accelerator.is_main_process
-        with tqdm(total=len(inputs), desc="certifying", disable=not (show and is_main)) as bar:
+    def _certify_together(
+        self, inputs: Sequence[Any], first: int, config: SmoothingConfig, show: bool
+    ) -> list[Certificate]:
+        found: dict[int, Certificate] = {}
+        with self._bar(len(inputs), show) as bar:
+            for place, certificate in self.certify_windows(inputs, config, first=first):
+                found[place] = certificate
+                bar.update()
+        return [found[place] for place in range(len(inputs))]
+
+    def _certify_one_by_one(self, inputs: Sequence[Any], first: int, certify: Any, show: bool) -> list[Certificate]:
+        with self._bar(len(inputs), show) as bar:
 
             def certify_position(position: int) -> Certificate:
                 certificate = certify(inputs[position], first + position)
@@ -177,6 +264,10 @@ class CertifiedClassificationPipeline(Pipeline):
             if self.accelerator is None:
                 return [certify_position(position) for position in range(len(inputs))]
             return certify_in_shares(certify_position, len(inputs), self.accelerator)
+
+    def _bar(self, total: int, show: bool) -> Any:
+        is_main = self.accelerator is None or self.accelerator.is_main_process
+        return tqdm(total=total, desc="certifying", disable=not (show and is_main))
 
     def forward(self, model_inputs: dict[str, Tensor], **forward_params: Any) -> Certificate:
         with materialized(self.model):

@@ -51,7 +51,7 @@ class CertificationSummary:
         table.add_column("95 % interval", justify="right")
         for row in self.rows:
             table.add_row(f"{row.radius:g}", f"{row.accuracy:.1%}", f"{row.low:.1%} to {row.high:.1%}")
-        noise = f", sigma {self.sigma:g}, n {self.n:,}, alpha {self.alpha:g}" if self.n else ""
+        noise = f", sigma {self.sigma:g}, mean n {self.n:,}, alpha {self.alpha:g}" if self.n else ""
         table.caption = f"{self.method}{noise}; {self.abstained} abstentions, median radius {self.median_radius:.3g}"
         return table
 
@@ -83,7 +83,7 @@ def summarize(
         norm=first.norm,
         method=first.method,
         sigma=first.sigma,
-        n=first.n,
+        n=round(statistics.mean(certificate.n for certificate in certificates)),
         alpha=first.alpha,
         abstained=sum(certificate.prediction == ABSTAIN for certificate in certificates),
         correct=sum(c.prediction == y for c, y in zip(certificates, labels, strict=True)),

@@ -55,14 +55,25 @@ def test_nothing_is_mixed(tmp_path: Path) -> None:
         certify_dataset(certifier(model), IMAGES[:2], LABELS, path, progress_bar=False)
 
 
-def test_certificates_out_of_order_are_refused(tmp_path: Path) -> None:
+def test_lines_in_another_order_are_the_same_results(tmp_path: Path) -> None:
     pipe, path = certifier(), tmp_path / "results.jsonl"
-    certify_dataset(pipe, IMAGES[:3], LABELS[:3], path, progress_bar=False)
+    certificates = certify_dataset(pipe, IMAGES[:3], LABELS[:3], path, progress_bar=False)
     header, first, second, third = path.read_text().splitlines()
     path.write_text("\n".join([header, second, first, third]) + "\n")
     assert json.loads(second)["index"] == 1
-    with pytest.raises(ValueError, match="out of order"):
-        certify_dataset(pipe, IMAGES[:3], LABELS[:3], path, progress_bar=False)
+    assert certify_dataset(pipe, IMAGES[:3], LABELS[:3], path, progress_bar=False) == certificates
+
+
+@pytest.mark.parametrize("lines", [(1, 1, 2), (1, 2, 3)])
+def test_an_input_twice_or_one_too_many_is_refused(tmp_path: Path, lines: tuple[int, ...]) -> None:
+    pipe, path = certifier(), tmp_path / "results.jsonl"
+    certify_dataset(pipe, IMAGES[:3], LABELS[:3], path, progress_bar=False)
+    whole = path.read_text().splitlines()
+    kept = json.loads(whole[0])
+    kept["config"]["labels"] = LABELS[:2]
+    path.write_text("\n".join([json.dumps(kept), *(whole[line] for line in lines)]) + "\n")
+    with pytest.raises(ValueError, match="twice, or one that is not there"):
+        certify_dataset(pipe, IMAGES[:2], LABELS[:2], path, progress_bar=False)
 
 
 def test_the_fingerprint_is_of_the_function() -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "hf_lipschitz"
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS = [
     ["version"],
-    ["functional"],
+    ["functional", "fields"],
     ["configuration"],
     ["nn", "bounds", "certification"],
     ["probes", "holders", "dataflow", "matching", "methods", "model_config"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["demo"],
     ["cli"],
 ]
-FREE_OF_TRANSFORMERS = ("version", "functional", "configuration", "nn", "bounds", "certification")
+FREE_OF_TRANSFORMERS = ("version", "functional", "fields", "configuration", "nn", "bounds", "certification")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -18,8 +18,7 @@ from transformers import (
 )
 
 import hf_lipschitz
-from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier
-from hf_lipschitz.configuration import SmoothingConfig
+from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, SmoothingConfig
 from hf_lipschitz.conversion import lipschitzify
 from hf_lipschitz.nn import references
 from tests.families import TEXT, VISION, bert, resnet, vit
@@ -75,7 +74,7 @@ def test_pixels_before_normalisation_by_hand() -> None:
         lambda x: model(pixel_values=(x - mean) / std).logits, 4, SmoothingConfig(**SMOOTHING), unit="pixels in [0, 1]"
     )
     ours = pipe(image(), index=3)
-    assert dataclasses.replace(ours, label=None) == by_hand.certify(pixels, index=3)
+    assert dataclasses.replace(ours, label=None, dtype=None) == by_hand.certify(pixels, index=3)
     normalised = preprocess(image(), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pipe.base_classifier(pixels[None]), model(pixel_values=normalised).logits)
 
@@ -88,7 +87,7 @@ def test_embeddings_by_hand(tokenizer: BertTokenizer) -> None:
     by_hand = SmoothedClassifier(
         lambda x: model(inputs_embeds=x).logits, 3, SmoothingConfig(**SMOOTHING), unit="input embeddings"
     )
-    assert dataclasses.replace(pipe("a good film"), label=None) == by_hand.certify(embeddings)
+    assert dataclasses.replace(pipe("a good film"), label=None, dtype=None) == by_hand.certify(embeddings)
 
 
 def test_kinds_of_inputs_agree(tmp_path: Path) -> None:

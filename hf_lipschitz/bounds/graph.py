@@ -88,9 +88,9 @@ class BoundedGraph:
             TypeError, ValueError: one of the two is missing, or has a wrong type, shape or value.
         """
         if self._refusal is not None:
-            return LipschitzBound(math.inf, (self._refusal,), {}, self.wrt, radius)
+            return LipschitzBound(math.inf, (self._refusal,), {}, self.wrt, radius, shape=self._shape)
         walk = self.walk(center=center, radius=radius)
-        return LipschitzBound(walk.log_value, walk.costs, walk.per_node, self.wrt, radius)
+        return LipschitzBound(walk.log_value, walk.costs, walk.per_node, self.wrt, radius, shape=self._shape)
 
     def walk(self, *, center: Tensor | None = None, radius: float | None = None) -> Walk:
         """As [`BoundedGraph.bound`], with what is known of the outputs.

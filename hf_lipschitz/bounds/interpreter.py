@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from hf_lipschitz.bounds.advice import advice_for
 from hf_lipschitz.bounds.export import on_cpu
-from hf_lipschitz.bounds.logs import exponential, log_root_sum_squares
+from hf_lipschitz.bounds.logs import exponential, log_root_sum_squares, log_sum
 from hf_lipschitz.bounds.regions import Region, length, settled
 from hf_lipschitz.bounds.registry import MODULE_RULES, RULES, Call, Norms, NoRule
 from hf_lipschitz.bounds.result import Cost
@@ -29,6 +29,8 @@ from hf_lipschitz.nn.attention import BallRadii
 
 # Relative rounding of one logarithm, exponential, sum or gain, generously.
 _ROUNDING = 1e-14
+# Rounding of the entries of a center in one operator, relative to the norm of the whole; covers sums of thousands.
+_BLUR = 1e-13
 
 _RETURNED = OutputKind.USER_OUTPUT
 _aten = torch.ops.aten
@@ -193,11 +195,16 @@ class Interpreter:
         for index, argument in enumerate(node.target._schema.arguments):
             given = args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
             arguments[argument.name] = given
-        found = RULES[node.target](Call(arguments, _shape(node), node.target, self.norms, self.modules))
+        call = Call(arguments, _shape(node), node.target, self.norms, self.modules)
+        found = RULES[node.target](call)
         is_whole = isinstance(value, Tensor) and not value.is_floating_point()
         if is_whole and isinstance(found, Dependent) and found.log_lipschitz < math.inf:
             raise NoRule(f"its values are {value.dtype}, and jump as the input moves")
-        return self._settled(node, found, self._centers(node, args, kwargs))
+        blurs = None
+        if self._ball is not None:
+            blurred = dataclasses.replace(call, arguments=pytree.tree_map(_blurred, arguments))
+            blurs = RULES[node.target](blurred)
+        return self._settled(found, self._centers(node, args, kwargs), blurs)
 
     def _by_module(self, node: Node, args: tuple[Any, ...]) -> list[Dependent]:
         module = self.modules[args[1]]
@@ -205,25 +212,33 @@ class Interpreter:
         call = Call({"inputs": values}, tuple(node.meta["val"][0].shape), node.target, self.norms, self.modules)
         found = MODULE_RULES[type(module)](call, module, values)
         centers: list[Tensor | None] = [None] * len(found)
+        blurs = None
         if self._ball is not None and all(value.region.center is not None for value in values):
             centers = at(module, [value.region.center.expand(value.shape) for value in values])
-        return self._settled(node, found, centers)
+            blurs = MODULE_RULES[type(module)](call, module, [_blurred(value) for value in values])
+        return self._settled(found, centers, blurs)
 
-    def _settled(self, node: Node, found: Any, centers: Any) -> Any:
+    def _settled(self, found: Any, centers: Any, blurs: Any) -> Any:
         if isinstance(found, (tuple, list)):
             centers = centers if isinstance(centers, (tuple, list)) else [None] * len(found)
-            return [self._settled(node, part, center) for part, center in zip(found, centers, strict=True)]
+            blurs = blurs if isinstance(blurs, (tuple, list)) else [None] * len(found)
+            parts = zip(found, centers, blurs, strict=True)
+            return [self._settled(part, center, blur) for part, center, blur in parts]
         # Saved statistics, as of a batch norm, stand beside the value.
         centers = centers[0] if isinstance(centers, (tuple, list)) else centers
         if centers is not None and not centers.is_floating_point():
             centers = None
         if centers is None and not found.region.is_known:
             return found
-        reach = math.inf
+        reach, log_blur = math.inf, -math.inf
         if centers is not None:
+            # What the arguments are blurred by, as far as it comes through, and the rounding here.
+            own = _BLUR * length(centers.nan_to_num(nan=math.inf), None).item()
+            log_blur = log_sum([blurs.log_lipschitz, math.log(own) if own > 0 else -math.inf])
             reach = exponential(found.log_lipschitz) * self._ball.radius * (1 + len(self._values) * _ROUNDING)
+            reach += exponential(log_blur)
         region = dataclasses.replace(found.region, center=centers)
-        return dataclasses.replace(found, region=settled(region, found.shape, reach))
+        return dataclasses.replace(found, region=settled(region, found.shape, reach), log_blur=log_blur)
 
     def _centers(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value at the center of the ball, in float64; `None` where there is none."""
@@ -309,6 +324,13 @@ def _with_eps(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         is_wide = node.meta["val"].dtype == torch.float64
         eps = torch.finfo(torch.float64 if is_wide else torch.float32).eps
     return args[:3], {**kwargs, "eps": eps}
+
+
+def _blurred(value: Any) -> Any:
+    """A value with its blur in the place of its constant: rules are linear in constants, for given regions."""
+    if not isinstance(value, Dependent):
+        return value
+    return Dependent(value.log_blur, value.shape, value.region)
 
 
 def _as_dependent(value: Tensor) -> Dependent:

@@ -51,7 +51,9 @@ class Region:
         """Upper bounds of |v - c|, entry by entry."""
         if self.center is None or self.lower is None or self.upper is None:
             return None
-        return torch.maximum(self.upper - self.center, self.center - self.lower).clamp(min=0)
+        offsets = torch.maximum(self.upper - self.center, self.center - self.lower).clamp(min=0)
+        # Of an entry that is infinite nothing is known.
+        return offsets.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 UNKNOWN = Region()
@@ -88,7 +90,10 @@ def settled(region: Region, shape: Sequence[int], reach: float) -> Region:
         offsets = dataclasses.replace(region, lower=lower, upper=upper).offsets()
         radius = _least(radius, _along_tokens(offsets, shape))
         radius = radius * (1 + _SLACK) + _SLACK * _along_tokens(center, shape) + _TINY
-        lower, upper = _most(lower, center - radius), _least(upper, center + radius)
+        away = torch.where(center.isinf(), math.inf, radius)
+        low, high = center - away, center + away
+        lower = _most(lower, torch.where(low.isnan(), -math.inf, low))
+        upper = _least(upper, torch.where(high.isnan(), math.inf, high))
         norm = _least(norm, _along_tokens(center, shape) + radius)
     magnitude = Region(lower=lower, upper=upper).magnitude()
     norm = _least(norm, _along_tokens(magnitude, shape))
@@ -99,7 +104,7 @@ def settled(region: Region, shape: Sequence[int], reach: float) -> Region:
         lower = lower - _SLACK * lower.abs() - _TINY
     if upper is not None:
         upper = upper + _SLACK * upper.abs() + _TINY
-    return _without_inf(Region(lower, upper, norm, center, radius))
+    return _without_inf(_without_nan(Region(lower, upper, norm, center, radius)))
 
 
 def _tokens(shape: Sequence[int]) -> tuple[int, ...]:

@@ -72,6 +72,8 @@ class LipschitzBound:
             Of the ball of inputs on which it holds; `None` for all inputs.
         is_sound (`bool`):
             Whether it is proved, as every bound of this library is.
+        shape (`tuple[int]`, *optional*):
+            Of the input for which it holds.
     """
 
     log_value: float
@@ -80,6 +82,7 @@ class LipschitzBound:
     wrt: str = ""
     radius: float | None = None
     is_sound: bool = True
+    shape: tuple[int, ...] | None = None
 
     @property
     def value(self) -> float:

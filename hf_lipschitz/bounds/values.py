@@ -65,6 +65,8 @@ class Dependent:
             The linear layer that it comes from.
         gained (`Gained`, *optional*):
             The gain of the norm that it comes from.
+        log_blur (`float`, *optional*):
+            On a ball, log of what rounding may have moved the center by, in the Frobenius norm.
     """
 
     log_lipschitz: float
@@ -73,6 +75,7 @@ class Dependent:
     origin: Origin | None = None
     weighted: Weighted | None = None
     gained: Gained | None = None
+    log_blur: float = -math.inf
 
     @property
     def size(self) -> int:

@@ -25,7 +25,7 @@ class Certificate:
         radius (`float`):
             Certified radius: a sound lower bound on the distance to another prediction.
         norm (`str`):
-            Norm of the ball, `"l2"`.
+            Norm of the ball, `"l2"` or `"l1"`.
         unit (`str`):
             Unit of the radius and of `sigma`: what the noise was added to.
         p_lower (`float`, *optional*):
@@ -49,6 +49,10 @@ class Certificate:
             Name of the predicted class.
         score_lipschitz (`float`, *optional*):
             Lipschitz constant of the scores, where the radius uses one.
+        noise (`str`, *optional*):
+            Name of the noise; with `"exact"` alone the statement covers float32 rounding of the noisy inputs.
+        dtype (`str`, *optional*):
+            Of the base classifier's weights, to which noisy float32 inputs are cast; `None` where it has none.
 
     Raises:
         `ValueError`: the radius is negative or not finite, or contradicts `prediction`.
@@ -69,6 +73,8 @@ class Certificate:
     index: int
     label: str | None = None
     score_lipschitz: float | None = None
+    noise: str | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.radius < math.inf):

@@ -1,188 +1,217 @@
-"""Statistics of the base classifier's outputs on noisy copies of one input; they merge by addition."""
+"""Noisy copies of many inputs in batches of one shape, and the counts of what the base classifier says to them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_lipschitz.certification.noise import NOISE_BLOCK, Stage, gaussian_noise_block
+from hf_lipschitz.certification.noise import NOISE_BLOCK, NOISES, NoiseKey, Stage
+from hf_lipschitz.certification.statistics import NUM_SCORE_BINS, SCORE_WEIGHT, interpolation_weights
 
 
-SCORE_GRID = 2.0**-30
+# Scores are summed as whole numbers of this unit: sums of integers are the same in every order.
+SCORE_UNIT = 2.0**-30
 SIMPLEX_TOLERANCE = 1e-10
 
 
-@dataclass(frozen=True, eq=False)
-class VoteStatistics:
-    """`counts` (int64, one entry a class) of the `n` samples' top classes. Adds exactly."""
+@dataclass(frozen=True)
+class Item:
+    """One block of noise on one input: `row` is its place among those certified together, `size` of it count."""
 
-    counts: NDArray[np.int64]
-    n: int
-
-    def __add__(self, other: VoteStatistics) -> VoteStatistics:
-        return VoteStatistics(self.counts + other.counts, self.n + other.n)
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreStatistics:
-    """
-    Sums and sums of squares (float64, one entry a class) of the scores of `n` samples.
-
-    Each block's sum is rounded to a multiple of 2⁻³⁰, so that adding statistics is exact up to 2²³ samples and the
-    result does not depend on how blocks were grouped. The rounding is at most 2⁻³¹ a block, which the empirical
-    Bernstein bounds cover.
-    """
-
-    sums: NDArray[np.float64]
-    sums_of_squares: NDArray[np.float64]
-    n: int
-
-    def __add__(self, other: ScoreStatistics) -> ScoreStatistics:
-        return ScoreStatistics(self.sums + other.sums, self.sums_of_squares + other.sums_of_squares, self.n + other.n)
+    row: int
+    block: int
+    size: int
 
 
 @dataclass(frozen=True)
-class NoisySampler:
-    r"""
-    One input, the base classifier, and the key of the noise. Blocks are numbered from 0 in each stage, and any range
-    of them can be drawn at any time, in any process: the statistics of a range are the sum of those of its parts.
+class Batch:
+    """What goes through the base classifier at once: `logits` of the items' noisy copies, in blocks."""
+
+    items: tuple[Item, ...]
+    noisy: Tensor
+
+
+def items_of(rows: Iterable[int], start: int, stop: int) -> list[Item]:
+    """The blocks with the samples `start` to `stop` of each input; `start` is a multiple of the block."""
+    if start % NOISE_BLOCK:
+        raise ValueError(f"start must be a multiple of {NOISE_BLOCK}, got {start}.")
+    blocks = range(start // NOISE_BLOCK, math.ceil(stop / NOISE_BLOCK))
+    return [Item(row, block, min(stop - block * NOISE_BLOCK, NOISE_BLOCK)) for row in rows for block in blocks]
+
+
+def in_batches(items: Sequence[Item], shapes: Sequence[tuple[int, ...]], batch_size: int) -> list[tuple[Item, ...]]:
+    """
+    Items of inputs of one shape together, `batch_size` samples at a time rounded up to whole blocks. Which items share
+    a batch, and where they are in it, is a function of the arguments alone: not of how many processes there are.
+    """
+    alike: dict[tuple[int, ...], list[Item]] = {}
+    for item in items:
+        alike.setdefault(shapes[item.row], []).append(item)
+    size = blocks_of(batch_size)
+    return [tuple(group[i : i + size]) for group in alike.values() for i in range(0, len(group), size)]
+
+
+def blocks_of(batch_size: int) -> int:
+    """Noise blocks in a batch."""
+    return math.ceil(batch_size / NOISE_BLOCK)
+
+
+@dataclass(frozen=True)
+class NoisyInputs:
+    """Several inputs, and the key of the noise on each.
 
     Args:
-        base_classifier (`Callable`):
-            Maps a float32 batch of shape `(B, *x.shape)` to logits of shape `(B, num_classes)`, or to an object
-            that has them as `.logits`.
-        x (`torch.Tensor`):
-            One input without a batch axis, float32, in the unit of `sigma`.
-        num_classes (`int`):
-            Number of logits.
-        sigma (`float`):
-            Standard deviation of the noise.
-        seed (`int`), index (`int`):
-            Part of the noise's key.
+        xs (`Sequence[Tensor]`):
+            Without a batch axis, float32.
+        indices (`Sequence[int]`):
+            The example that each one is, part of the noise's key.
+        noise (`str`), sigma (`float`), seed (`int`):
+            The noise.
         batch_size (`int`):
-            Samples a forward pass, see [`physical_batch_size`].
-        simplex_map (`Callable[[Tensor], Tensor]`):
-            Maps float64 logits to scores in [0, 1] whose rows sum to at most 1; used by `scores` only.
+            Rows of every batch: whole blocks. The last one is filled up with repeats, which do not count.
     """
 
-    base_classifier: Callable[[Tensor], Any]
-    x: Tensor
-    num_classes: int
+    xs: Sequence[Tensor]
+    indices: Sequence[int]
+    noise: str
     sigma: float
     seed: int
-    index: int
     batch_size: int
-    simplex_map: Callable[[Tensor], Tensor]
 
-    def votes(self, stage: Stage, num_samples: int, blocks: range | None = None) -> VoteStatistics:
-        """
-        Counts the top classes.
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(x.shape) for x in self.xs]
 
-        Args:
-            stage (`Stage`):
-                What the samples are for.
-            num_samples (`int`):
-                Samples of the WHOLE stage; its last block is cut there.
-            blocks (`range`, *optional*, defaults to all blocks of the stage):
-                Blocks to draw, with step 1.
+    def batches(self, stage: Stage, parts: Sequence[tuple[Item, ...]]) -> Iterator[Batch]:
+        """Each part as a batch; the next one is drawn while the caller works on the one before."""
+        if not parts:
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="noise") as drawing:
+            upcoming = drawing.submit(self._batch, stage, parts[0])
+            for part in (*parts[1:], None):
+                ready = upcoming.result()
+                if part is not None:
+                    upcoming = drawing.submit(self._batch, stage, part)
+                yield ready
 
-        Raises:
-            `RuntimeError`: the logits are not finite; the message names the input's index.
-            `ValueError`, `TypeError`: the logits do not have shape `(B, num_classes)`, or are no tensor.
-        """
-        counts = np.zeros(self.num_classes, dtype=np.int64)
-        for logits in self._batches(stage, num_samples, blocks):
-            counts += np.bincount(logits.argmax(dim=-1).cpu().numpy(), minlength=self.num_classes)
-        return VoteStatistics(counts, int(counts.sum()))
+    def _batch(self, stage: Stage, part: tuple[Item, ...]) -> Batch:
+        blocks = [self._noisy(stage, item) for item in part]
+        blocks += [blocks[0]] * (blocks_of(self.batch_size) - len(blocks))
+        return Batch(part, blocks[0] if len(blocks) == 1 else torch.cat(blocks))
 
-    def scores(self, stage: Stage, num_samples: int, blocks: range | None = None) -> ScoreStatistics:
-        """
-        Sums the scores and their squares, in float64. Arguments and errors are those of `votes`; a simplex map that
-        leaves the simplex is a `ValueError`.
-        """
-        sums = np.zeros(self.num_classes)
-        squares = np.zeros(self.num_classes)
-        drawn = 0
-        for logits in self._batches(stage, num_samples, blocks):
-            scores = self._scores(logits)
-            for block in scores.split(NOISE_BLOCK):
-                sums += _on_grid(block.sum(dim=0))
-                squares += _on_grid(block.square().sum(dim=0))
-            drawn += len(scores)
-        return ScoreStatistics(sums, squares, drawn)
+    def _noisy(self, stage: Stage, item: Item) -> Tensor:
+        x = self.xs[item.row]
+        key = NoiseKey(seed=self.seed, index=self.indices[item.row], stage=stage, block=item.block)
+        return NOISES[self.noise].perturb(x, self.sigma, key, x.device)
 
-    def _scores(self, logits: Tensor) -> Tensor:
-        device = "cpu" if logits.device.type == "mps" else logits.device  # MPS has no float64
-        scores = self.simplex_map(logits.to(device, torch.float64))
-        inside = (scores >= -SIMPLEX_TOLERANCE).all() & (scores.sum(dim=-1) <= 1 + SIMPLEX_TOLERANCE).all()
-        if not inside:
-            raise ValueError("The simplex map returned scores that are negative or sum to more than 1.")
-        return scores.clamp(0, 1)
 
-    def _batches(self, stage: Stage, num_samples: int, blocks: range | None) -> Iterator[Tensor]:
-        all_blocks = range(num_blocks(num_samples))
-        blocks = all_blocks if blocks is None else blocks
-        if blocks.step != 1 or (len(blocks) and (blocks.start < 0 or blocks.stop > len(all_blocks))):
-            raise ValueError(f"blocks must be a range with step 1 inside {all_blocks}, got {blocks}.")
-        physical = physical_batch_size(self.batch_size, num_samples)
-        step = num_blocks(physical)
-        for start in range(blocks.start, blocks.stop, step):
-            batch_blocks = range(start, min(start + step, blocks.stop))
-            size = min(batch_blocks.stop * NOISE_BLOCK, num_samples) - batch_blocks.start * NOISE_BLOCK
-            batch = torch.cat([self._noise(stage, block) for block in batch_blocks])[:size].add_(self.x)
-            if size < physical:
-                batch = batch[torch.arange(physical, device=batch.device) % size]
-            yield self._logits(batch)[:size]
+@torch.no_grad()
+def logits_of(base_classifier: Callable[[Tensor], Any], noisy: Tensor, num_classes: int, splits: int = 1) -> Tensor:
+    """
+    Logits of shape `(len(noisy), num_classes)`; the batch goes through in `splits` equal parts.
 
-    def _noise(self, stage: Stage, block: int) -> Tensor:
-        return gaussian_noise_block(
-            tuple(self.x.shape),
-            self.sigma,
-            seed=self.seed,
-            index=self.index,
-            stage=stage,
-            block=block,
-            device=self.x.device,
+    Raises:
+        `TypeError`, `ValueError`: they are no tensor, or have another shape.
+    """
+    parts = [_logits(base_classifier, part, num_classes) for part in noisy.chunk(splits)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _logits(base_classifier: Callable[[Tensor], Any], noisy: Tensor, num_classes: int) -> Tensor:
+    output = base_classifier(noisy)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"The base classifier must return a tensor or an object with .logits, got {type(output)}.")
+    if logits.shape != (len(noisy), num_classes):
+        raise ValueError(
+            f"The base classifier returned logits of shape {tuple(logits.shape)}; expected "
+            f"{(len(noisy), num_classes)}, which is (batch, num_classes)."
         )
-
-    def _logits(self, batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            output = self.base_classifier(batch)
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"The base classifier must return a tensor or an object with .logits, got {type(output)}.")
-        if logits.shape != (len(batch), self.num_classes):
-            raise ValueError(
-                f"The base classifier returned logits of shape {tuple(logits.shape)}; expected "
-                f"{(len(batch), self.num_classes)}, which is (batch, num_classes)."
-            )
-        if not torch.isfinite(logits).all():
-            raise RuntimeError(
-                f"The base classifier returned NaN or infinite logits on input {self.index}; check that input."
-            )
-        return logits
+    return logits
 
 
-def num_blocks(num_samples: int) -> int:
-    """Noise blocks that hold `num_samples` samples."""
-    return math.ceil(num_samples / NOISE_BLOCK)
+class Votes:
+    """Counts of the top classes, shape `(inputs, num_classes)`, int64: they add exactly, in any order."""
+
+    def __init__(self, num_inputs: int, num_classes: int, device: torch.device) -> None:
+        self.counts = torch.zeros(num_inputs, num_classes, dtype=torch.int64, device=device)
+
+    def add(self, items: tuple[Item, ...], logits: Tensor) -> None:
+        rows, counted = _rows(items, logits)
+        flat = rows * self.counts.shape[1] + counted.argmax(dim=-1)
+        self.counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
 
 
-def physical_batch_size(batch_size: int, num_samples: int) -> int:
+class ScoreSums:
+    """Sums of scores and of their squares, shape `(inputs, 2, num_classes)`, in whole units of 2⁻³⁰."""
+
+    def __init__(self, num_inputs: int, num_classes: int, device: torch.device, to_scores: Callable) -> None:
+        self.counts = torch.zeros(num_inputs, 2, num_classes, dtype=torch.int64, device=device)
+        self.to_scores = to_scores
+
+    def add(self, items: tuple[Item, ...], logits: Tensor) -> None:
+        rows, counted = _rows(items, logits)
+        scores = scores_of(counted, self.to_scores)
+        units = torch.stack([scores, scores.square()], dim=1).div_(SCORE_UNIT).round_().to(self.counts)
+        self.counts.index_add_(0, rows, units)
+
+
+class ScoreHistograms:
+    """Interpolated histograms of the scores of groups of classes, shape `(inputs, groups, NUM_SCORE_BINS)`, int64.
+
+    Args:
+        groups (`Tensor` of shape `(inputs, num_classes)`, int64):
+            The group that each class of each input is in; the score of a group is the sum of its classes' scores.
+        num_groups (`int`):
+            How many groups there are.
     """
-    Shape of every forward pass of a stage: `batch_size` rounded up to whole noise blocks, but no more than the
-    stage's `num_samples`. One shape for all batches (the last is padded with repeats, which are not counted) keeps
-    compiled models from recompiling and makes the numbers independent of how blocks are shared between processes.
+
+    def __init__(self, groups: Tensor, num_groups: int, to_scores: Callable) -> None:
+        self.counts = torch.zeros(len(groups), num_groups, NUM_SCORE_BINS, dtype=torch.int64, device=groups.device)
+        self.groups = groups
+        self.to_scores = to_scores
+
+    def add(self, items: tuple[Item, ...], logits: Tensor) -> None:
+        rows, counted = _rows(items, logits)
+        scores = scores_of(counted, self.to_scores)
+        rows, groups = rows.to(scores.device), self.groups.to(scores.device)
+        num_groups = self.counts.shape[1]
+        grouped = scores.new_zeros(len(scores), num_groups).scatter_add_(1, groups[rows], scores)
+        below, weights = interpolation_weights(grouped.clamp_(0, 1))
+        first = rows[:, None] * num_groups + torch.arange(num_groups, device=rows.device)
+        places = (first * NUM_SCORE_BINS + below).flatten().to(self.counts.device)
+        weights = weights.flatten().to(self.counts.device)
+        self.counts.view(-1).index_add_(0, places, SCORE_WEIGHT - weights)
+        self.counts.view(-1).index_add_(0, places + 1, weights)
+
+
+def scores_of(logits: Tensor, to_scores: Callable[[Tensor], Tensor]) -> Tensor:
     """
-    return min(num_blocks(batch_size) * NOISE_BLOCK, num_samples)
+    Scores in float64, in [0, 1].
+
+    Raises:
+        `ValueError`: the simplex map leaves the simplex.
+    """
+    device = "cpu" if logits.device.type == "mps" else logits.device  # MPS has no float64
+    scores = to_scores(logits.to(device, torch.float64))
+    inside = (scores >= -SIMPLEX_TOLERANCE).all() & (scores.sum(dim=-1) <= 1 + SIMPLEX_TOLERANCE).all()
+    if not inside:
+        raise ValueError("The simplex map returned scores that are negative or sum to more than 1.")
+    return scores.clamp(0, 1)
 
 
-def _on_grid(block_sum: Tensor) -> NDArray[np.float64]:
-    return np.round(block_sum.cpu().numpy() / SCORE_GRID) * SCORE_GRID
+def _rows(items: tuple[Item, ...], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """For each sample that counts, its input's row; and the logits of those samples."""
+    rows = torch.tensor([item.row for item in items], device=logits.device).repeat_interleave(NOISE_BLOCK)
+    logits = logits[: len(rows)]
+    if all(item.size == NOISE_BLOCK for item in items):
+        return rows, logits
+    sizes = torch.tensor([item.size for item in items], device=logits.device).repeat_interleave(NOISE_BLOCK)
+    counts = torch.arange(len(rows), device=logits.device) % NOISE_BLOCK < sizes
+    return rows[counts], logits[counts]

@@ -24,7 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_lipschitz.configuration import LipschitzConfig, SmoothingConfig
+from hf_lipschitz.certification import SmoothingConfig
+from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.conversion import lipschitzify, materialized
 from hf_lipschitz.dataset_certification import certify_dataset
 from hf_lipschitz.demo.data import LabelledData

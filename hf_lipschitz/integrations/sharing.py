@@ -1,13 +1,48 @@
-"""Sharing the inputs of a certification over the processes of an `accelerate` launch."""
+"""Sharing the work of a certification over the processes of an `accelerate` launch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from numpy.typing import NDArray
 
-from hf_lipschitz.certification import Certificate
+from hf_lipschitz.certification import ONE_PROCESS, Certificate, Processes
+
+
+class AcceleratorProcesses:
+    """Those of an `accelerate.Accelerator`, on one machine or many."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+
+    def add(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        tensor = torch.from_numpy(values).to(self.accelerator.device)
+        return self.accelerator.reduce(tensor, reduction="sum").cpu().numpy()
+
+    def share(self, value: Any) -> Any:
+        (shared,) = broadcast_object_list([value])
+        return shared
+
+    def raise_together(self, failure: Exception | None) -> None:
+        failures = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
+        if failure is not None:
+            raise failure
+        for process, message in enumerate(failures):
+            if message is not None:
+                raise RuntimeError(f"process {process} failed to certify its share: {message}")
+
+
+def processes_of(accelerator: Accelerator | None) -> Processes:
+    """The processes to share with; this one alone without an accelerator, or where it has no others."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return ONE_PROCESS
+    return AcceleratorProcesses(accelerator)
 
 
 def certify_in_shares(
@@ -35,10 +70,5 @@ def certify_in_shares(
             mine.append((position, certify(position)))
     except Exception as error:  # noqa: BLE001  every failure has to reach the other processes
         failure = error
-    failures = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
-    if failure is not None:
-        raise failure
-    for process, message in enumerate(failures):
-        if message is not None:
-            raise RuntimeError(f"process {process} failed to certify its share: {message}")
+    processes_of(accelerator).raise_together(failure)
     return [certificate for _, certificate in sorted(gather_object(mine), key=lambda pair: pair[0])]

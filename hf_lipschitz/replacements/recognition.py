@@ -20,6 +20,8 @@ BATCH_NORM_KINDS = ("BatchNorm", "InstanceNorm")
 _TOLERANCE = 1e-5
 # Of the gains that models store as an offset from 1.
 _OFFSETS = (0.0, 1.0)
+# Squares of deviations below it are no normal float32 numbers.
+_LEAST_EPS = 1e-30
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -58,9 +60,11 @@ def _maker(module: nn.Module, norm: str) -> Maker:
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
     if len(required) != 1:
         raise ValueError("its forward takes more than one argument")
-    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    eps = _eps_of(module)
     if not isinstance(eps, float) or eps <= 0:
         raise ValueError(f"its eps is {eps}, and a floor needs a positive one")
+    if eps < _LEAST_EPS:
+        raise ValueError(f"its eps is {eps}, too small for float32 to show what it does")
     original = _with_random_parameters(module)
     weight, bias = original._parameters.get("weight"), original._parameters.get("bias")
     found = [pair for pair in _candidates(original, eps) if _agree(original, pair[0](weight, bias), original)]
@@ -72,6 +76,10 @@ def _maker(module: nn.Module, norm: str) -> Maker:
     if centred is None:
         raise ValueError('a group norm has no centred form; norm="floor" covers it')
     return centred
+
+
+def _eps_of(module: nn.Module) -> float | None:
+    return getattr(module, "eps", getattr(module, "variance_epsilon", None))
 
 
 def _candidates(module: nn.Module, eps: float) -> Iterator[tuple[Maker, Maker | None]]:
@@ -144,7 +152,8 @@ def _probes(module: nn.Module) -> Iterator[Tensor]:
         layouts += [(4, *shape, sizes[0]), (4, *shape, sizes[0], sizes[1])]
     generator = torch.Generator().manual_seed(1)
     for layout in layouts:
-        scale = torch.tensor([10.0, 1.0, 1e-2, 1e-5], dtype=torch.float32).reshape(-1, *[1] * (len(layout) - 1))
+        scale = torch.tensor([10.0, 1.0, 1e-2, 0.1 * _eps_of(module) ** 0.5], dtype=torch.float32)
+        scale = scale.reshape(-1, *[1] * (len(layout) - 1))
         yield scale * (torch.randn(layout, generator=generator, dtype=torch.float32) + 0.3)
 
 

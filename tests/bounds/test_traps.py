@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lipschitz import certify_deterministic, lipschitz_bound
+from hf_lipschitz import certify_deterministic, lipschitz_bound, verify_lipschitz
 from tests.bounds.functions import Function
 
 
@@ -248,3 +248,100 @@ def test_a_generator_made_on_the_way_is_named() -> None:
     bound = lipschitz_bound(Function(noisy), {"x": torch.randn(3)})
     assert bound.value == math.inf
     assert "randn" in str(bound) or "export" in str(bound)
+
+
+HIDDEN = torch.tensor([-math.inf, 0.0, 0.0], dtype=torch.float64)
+AFTER_INFINITY = {
+    "relu": lambda x: torch.relu(x + HIDDEN)[:, 1:],
+    "leaky relu": lambda x: nn.functional.leaky_relu(x + HIDDEN)[:, 1:],
+    "clamp": lambda x: (x + HIDDEN).clamp(-20, 20),
+    "relu6": lambda x: nn.functional.relu6((x + HIDDEN) / 2),
+    "masked fill": lambda x: torch.relu(x.masked_fill(torch.isinf(HIDDEN), -math.inf))[:, 1:],
+    "largest": lambda x: torch.relu((x + HIDDEN).amax(-1)),
+    "softmax": lambda x: (x + HIDDEN).softmax(-1),
+    "above": lambda x: torch.relu(10 - torch.relu(x - HIDDEN)[:, 1:]),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_INFINITY)
+def test_entries_that_are_infinite_say_nothing_of_others(name: str) -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
+    function = AFTER_INFINITY[name]
+    assert steepest(function, x) <= bound_of(function, x, radius=0.1) * (1 + 1e-9)
+
+
+def test_a_mask_in_half_precision_hides_as_much_as_its_numbers_say() -> None:
+    """Scores of 150² outweigh a mask of -17000."""
+    mask = torch.full((4, 4), -17000.0).half().fill_diagonal_(0)
+    mask[0, 0] = 0
+    query, key = torch.zeros(1, 4, 2).half(), torch.zeros(1, 4, 2).half()
+    query[..., 0] = 150.0
+    key[:, 0, 0] = 150.0
+
+    class Attention(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+
+    scores = (query.double() @ key.double().mT + mask.double()).softmax(-1)
+    truth = torch.linalg.matrix_norm(scores, 2).item()
+    assert truth > 1.9
+    assert lipschitz_bound(Attention().eval(), (torch.randn(1, 4, 2).half(),)).value >= truth * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("eps", [1e-20, 1e-16, 1e-12, 1e-6])
+@pytest.mark.parametrize("kind", ["added", "floor", "none"])
+def test_norms_that_only_look_like_a_known_one(eps: float, kind: str) -> None:
+    class OwnRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(4)), eps
+
+        def forward(self, x: Tensor) -> Tensor:
+            size = x.pow(2).mean(-1, keepdim=True).sqrt()
+            return self.weight * x / {"added": size + eps, "floor": size.clamp(min=eps), "none": size}[kind]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = OwnRMSNorm()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x)
+
+    x = 0.01 * eps * torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    model = Model().double().eval()
+    assert steepest(model, x) <= lipschitz_bound(model, (torch.randn(1, 4, dtype=torch.float64),)).value
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_constant_classifier_has_no_edge(local: bool) -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits.expand(len(x), 2)
+
+    (found,) = certify_deterministic(Constant().eval(), (torch.randn(1, 3),), local=local)
+    assert (found.prediction, found.radius > 1e300) == (1, True)
+
+
+@pytest.mark.parametrize("model", [nn.RMSNorm(6), Function(lambda x: x * 0.7)], ids=["RMSNorm", "number"])
+def test_attacks_stay_below(model: nn.Module) -> None:
+    model, x = model.float().eval(), torch.randn(2, 6)
+    assert verify_lipschitz(model, (x,), starts=4) <= lipschitz_bound(model, (x,)).value
+
+
+def test_what_a_center_loses_to_cancellation_is_allowed_for() -> None:
+    """In exact arithmetic the function is relu(x - 0.3), and active on the whole ball."""
+    large, edge = torch.tensor(1e8, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    for k in range(1, 13):
+        x = torch.full((1, 1), 0.3 + k * 1e-9, dtype=torch.float64)
+        assert bound_of(lambda x: torch.relu((x + large) - large - edge), x, radius=1e-11) >= 1
+
+
+def test_softmax_of_one_number_is_constant() -> None:
+    x = torch.randn(3)
+    assert bound_of(lambda x: x.sum().softmax(0), x, radius=0.1) == 0
+    assert bound_of(lambda x: x.sum().softmax(0), x) == 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -9,17 +10,22 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, register_certificate
+from hf_lipschitz.certification import (
+    ABSTAIN,
+    Certificate,
+    SmoothedClassifier,
+    engine,
+    procedures,
+    register_certificate,
+)
+from hf_lipschitz.certification.configuration import CERTIFICATES, SmoothingConfig
+from hf_lipschitz.certification.methods import METHODS, Bounds, Choice, Method, Setting
 from hf_lipschitz.certification.noise import Stage
-from hf_lipschitz.certification.procedures import PREDICTORS, PROCEDURES, Decision
-from hf_lipschitz.certification.radius import smoothing_radius
-from hf_lipschitz.certification.sampling import NoisySampler
-from hf_lipschitz.certification.statistics import clopper_pearson_lower
-from hf_lipschitz.configuration import CERTIFICATES, SmoothingConfig
 from tests.certification.exact import Lines, Slabs, exact_radius, place
 
 
 ALPHA, RUNS = 0.05, 2000
+RUNS_OF_SCORES = 600
 HALF_PLANES = Slabs((0.0,), (0, 1), 2)
 THREE_SLABS = Slabs((-0.6, 0.8), (0, 1, 2), 3)
 STRIPES = Slabs((-0.7, 0.1, 0.5, 1.6), (0, 1, 0, 2, 3), 4)
@@ -40,10 +46,13 @@ def not_above(errors: int, rate: float, runs: int = RUNS) -> bool:
 def certify_many(base: Slabs | Lines, u: float, **config: object) -> list[Certificate]:
     values = {"sigma": 0.5, "n0": 30, "n": 400, "alpha": ALPHA, **config}
     smoothed = SmoothedClassifier(base, base.num_classes, SmoothingConfig(**values))
-    return [smoothed.certify(place(u), index=index) for index in range(RUNS)]
+    runs = RUNS_OF_SCORES if config["certificate"] == "lvm" else RUNS
+    return [certificate for _, certificate in sorted(smoothed.certify_together([place(u)] * runs), key=itemgetter(0))]
 
 
 CASES = {
+    "class_partition, stripes": (STRIPES, -0.1, "class_partition"),
+    "class_partition, ten classes, tie": (FAR_CLASSES, 0.0, "class_partition"),
     "one_class, tie": (HALF_PLANES, 0.0, "one_class"),
     "one_class, clear": (HALF_PLANES, -0.6, "one_class"),
     "one_class, ten classes, tie": (FAR_CLASSES, 0.0, "one_class"),
@@ -67,43 +76,57 @@ def test_wrong_radii_and_wrong_bounds_are_no_more_frequent_than_alpha(case: str)
     radii = [exact_radius(base.smoothed, u, 0.5, best) for best in range(base.num_classes)]
     certificates = certify_many(base, u, certificate=certificate, temperature=temperature)
     wrong = [c for c in certificates if c.prediction != ABSTAIN and c.radius > radii[c.prediction] + 1e-9]
-    assert not_above(len(wrong), ALPHA)
+    assert not_above(len(wrong), ALPHA, len(certificates))
     best = int(np.argmax(scores))
     runner_up = np.delete(scores, best).max()
     chosen = [c for c in certificates if c.prediction == best]
     wrong_bounds = [c for c in chosen if c.p_lower > scores[best] or (c.p_upper or 1) < runner_up - 1e-9]
-    assert not_above(len(wrong_bounds), ALPHA)
+    assert not_above(len(wrong_bounds), ALPHA, len(certificates))
     for c in certificates:
         assert (c.prediction == ABSTAIN) == (c.radius == 0)
-
-
-def shares_its_samples(sampler: NoisySampler, config: SmoothingConfig) -> Decision:
-    votes = sampler.votes(Stage.ESTIMATION, config.n)
-    candidate = int(votes.counts.argmax())
-    p_lower = clopper_pearson_lower(int(votes.counts[candidate]), votes.n, config.alpha)
-    radius = smoothing_radius(p_lower, None, config.sigma)
-    return Decision(candidate if radius > 0 else ABSTAIN, radius, p_lower, None, votes.n, "fixed_n")
 
 
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Undoes the registrations of one test."""
-    names, procedures, predictors = list(CERTIFICATES), dict(PROCEDURES), dict(PREDICTORS)
+    names, methods = list(CERTIFICATES), dict(METHODS)
     yield
     CERTIFICATES[:] = names
-    for registered, before in ((PROCEDURES, procedures), (PREDICTORS, predictors)):
-        registered.clear()
-        registered.update(before)
+    METHODS.clear()
+    METHODS.update(methods)
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("base", [HALF_PLANES, FAR_CLASSES], ids=["two classes", "ten classes"])
-def test_the_test_above_rejects_a_procedure_that_selects_on_the_samples_it_estimates_with(base: Slabs) -> None:
-    register_certificate("shared")(shares_its_samples)
-    certificates = certify_many(base, 0.0, certificate="shared")
+def test_the_test_above_rejects_a_class_that_is_chosen_on_the_samples_of_its_bound(
+    base: Slabs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples_of = engine.Window._samples_of
+
+    def shared(self: engine.Window, round_: int) -> tuple[Stage, int, int]:
+        return Stage.ESTIMATION, *samples_of(self, round_)[1:]
+
+    def counts(self: engine.Window, state: engine.State) -> None:
+        draw(self, state)
+        if state.round == 0:
+            state.selection, state.estimation = state.estimation, None
+
+    draw = engine.Window._draw
+    monkeypatch.setattr(engine.Window, "_samples_of", shared)
+    monkeypatch.setattr(engine.Window, "_draw", counts)
+    certificates = certify_many(base, 0.0, certificate="one_class", n0=400)
     wrong = sum(c.radius > 0 for c in certificates)
     assert not not_above(wrong, ALPHA)
     assert wrong > 1.5 * ALPHA * RUNS
+
+
+def test_the_test_above_rejects_bounds_that_share_no_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, u = FAR_CLASSES, 0.0
+    monkeypatch.setattr(procedures, "_share_of_candidate", lambda num_others, alpha: np.asarray(alpha))
+    monkeypatch.setattr(procedures, "_share_of_others", lambda num_others, alpha: np.asarray(alpha))
+    scores = base.smoothed(u, 0.5)
+    certificates = certify_many(base, u, certificate="two_class")
+    wrong = [c for c in certificates if c.p_lower > scores[c.prediction] or c.p_upper < scores.max() - 1e-9]
+    assert not not_above(len(wrong), ALPHA)
 
 
 @pytest.mark.parametrize("certificate", ["one_class", "two_class"])
@@ -145,11 +168,14 @@ def test_two_class_certifies_where_one_class_abstains() -> None:
     assert two.certify(place(0.0)).prediction == 1
 
 
+def votes_of(base: Slabs, u: float, config: SmoothingConfig, stage: Stage, n: int, index: int = 0) -> np.ndarray:
+    smoothed = SmoothedClassifier(base, base.num_classes, config)
+    return engine.Window(base, smoothed._noisy([place(u)], [index]), smoothed.setting).counts_of(stage, n)[0]
+
+
 def test_bounds_spend_alpha_as_documented() -> None:
     config = SmoothingConfig(sigma=0.5, n=1000, alpha=0.01)
-    counts = NoisySampler(
-        THREE_SLABS, place(0.1), 3, 0.5, config.seed, 0, config.batch_size, lambda z: z
-    ).votes(Stage.ESTIMATION, 1000).counts  # fmt: skip
+    counts = votes_of(THREE_SLABS, 0.1, config, Stage.ESTIMATION, 1000)
     certificate = SmoothedClassifier(THREE_SLABS, 3, config).certify(place(0.1))
     lower = stats.binomtest(int(counts[1]), 1000, alternative="greater").proportion_ci(1 - 0.009).low
     uppers = [stats.binomtest(int(counts[k]), 1000, alternative="less").proportion_ci(1 - 0.0005).high for k in (0, 2)]
@@ -231,8 +257,7 @@ def test_vote_predictions_follow_the_binomial_test() -> None:
     config = SmoothingConfig(sigma=0.5, n=200, alpha=ALPHA)
     outcomes = set()
     for index in range(60):
-        sampler = NoisySampler(STRIPES, place(-0.1), 4, 0.5, config.seed, index, 500, lambda z: z)
-        second, first = sorted(sampler.votes(Stage.PREDICTION, 200).counts)[-2:]
+        second, first = sorted(votes_of(STRIPES, -0.1, config, Stage.PREDICTION, 200, index))[-2:]
         certain = stats.binomtest(int(first), int(first + second)).pvalue <= ALPHA
         prediction = SmoothedClassifier(STRIPES, 4, config).predict(place(-0.1), index=index)
         assert (prediction == ABSTAIN) == (not certain)
@@ -251,28 +276,77 @@ def test_selection_is_by_its_own_samples_and_estimation_by_others() -> None:
         seen.clear()
         config = SmoothingConfig(sigma=0.5, n0=130, n=2000, batch_size=500, certificate=certificate)
         SmoothedClassifier(recorder, 2, config).certify(place(0.3))
-        assert [len(batch) for batch in seen] == [130, 500, 500, 500, 500]
-        assert len(torch.unique(torch.cat(seen), dim=0)) == 2130
+        # The second one is the check that rows do not see each other.
+        assert [len(batch) for batch in seen] == [500] * 6
+        assert len(torch.unique(seen[1], dim=0)) == 1
+        selection, estimation = seen[0][:130], torch.cat(seen[2:])
+        assert len(torch.unique(torch.cat([selection, estimation]), dim=0)) == 2130
 
 
 @pytest.mark.usefixtures("registry")
 def test_a_registered_certificate_is_used_by_name() -> None:
-    with pytest.raises(ValueError, match="known: two_class, one_class, lvm"):
-        SmoothingConfig(sigma=1.0, certificate="always_zero")
+    with pytest.raises(ValueError, match="known: two_class, one_class, class_partition, lvm"):
+        SmoothingConfig(sigma=1.0, certificate="nine_tenths")
 
-    @register_certificate("always_zero")
-    def always_zero(sampler: NoisySampler, config: SmoothingConfig) -> Decision:
-        return Decision(0, np.float64(config.sigma), np.float64(0.9), None, np.int64(0), "toy")
+    def choose(counts: np.ndarray, setting: Setting) -> Choice:
+        return Choice(counts.argmax(axis=1))
 
-    smoothed = SmoothedClassifier(HALF_PLANES, 2, SmoothingConfig(sigma=0.5, certificate="always_zero"))
+    def bounds(counts: np.ndarray, n: int, choice: Choice, alpha: float, setting: Setting) -> Bounds:
+        return Bounds(np.full(len(counts), 0.9), None)
+
+    register_certificate("nine_tenths", Method("votes", choose, bounds))
+    smoothed = SmoothedClassifier(HALF_PLANES, 2, SmoothingConfig(sigma=0.5, certificate="nine_tenths"))
     certificate = smoothed.certify(place(1.0))
-    assert (certificate.prediction, certificate.radius, certificate.stop_reason) == (0, 0.5, "toy")
+    assert (certificate.prediction, certificate.method) == (1, "nine_tenths")
+    assert certificate.radius == pytest.approx(0.5 * stats.norm.ppf(0.9))
     assert (type(certificate.radius), type(certificate.n), type(certificate.p_lower)) == (float, int, float)
-    assert smoothed.predict(place(1.0)) == 0
+    assert smoothed.predict(place(1.0)) == 1
     with pytest.raises(ValueError, match="already registered"):
-        register_certificate("lvm")
+        register_certificate("lvm", Method("votes", choose, bounds))
 
 
 def test_the_known_names_are_the_registered_ones() -> None:
     sampled = [name for name in CERTIFICATES if name != "deterministic"]
-    assert sorted(sampled) == sorted(PROCEDURES) == sorted(PREDICTORS)
+    assert sorted(sampled) == sorted(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([90, 6, 4, 0], [0, 1, 2, 2]),
+        ([60, 20, 10, 10], [0, 1, 2, 2]),
+        ([5, 80, 5, 5, 5, 0], [1, 0, 2, 3, 4, 1]),
+        ([100, 0, 0], [0, 1, 1]),
+        ([50, 50], [0, 1]),
+    ],
+)
+def test_classes_are_grouped_by_their_selection_votes(counts: list[int], expected: list[int]) -> None:
+    setting = Setting(SmoothingConfig(sigma=1.0), len(counts))
+    choice = procedures.partition(np.array([counts]), setting)
+    assert choice.groups[0].tolist() == expected
+    assert choice.candidates[0] == int(np.argmax(counts))
+
+
+def test_fewer_groups_than_classes_give_larger_radii() -> None:
+    """A hundred classes, of which three ever occur."""
+    base = Slabs((-0.6, 0.8), (0, 1, 2), 100)
+    values = {"sigma": 0.5, "n": 4000}
+    radii = {
+        name: np.mean([c.radius for c in certify_some(base, 0.1, SmoothingConfig(certificate=name, **values))])
+        for name in ("one_class", "two_class", "class_partition")
+    }
+    assert radii["one_class"] < radii["two_class"] < radii["class_partition"]
+
+
+def certify_some(base: Slabs, u: float, config: SmoothingConfig) -> list[Certificate]:
+    smoothed = SmoothedClassifier(base, base.num_classes, config)
+    return [certificate for _, certificate in smoothed.certify_together([place(u)] * 8)]
+
+
+@pytest.mark.parametrize("mean_bound", ["betting", "bernstein", "hoeffding"])
+def test_mean_bounds_of_scores(mean_bound: str) -> None:
+    certificates = certify_many(SOFT_THREE, 0.8, certificate="lvm", mean_bound=mean_bound)
+    scores = SOFT_THREE.smoothed(0.8, 0.5)
+    wrong = [c for c in certificates if c.p_lower > scores.max() or c.p_upper < np.sort(scores)[-2]]
+    assert not_above(len(wrong), ALPHA, len(certificates))
+    assert np.mean([c.radius for c in certificates]) > 0

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_lipschitz.certification import SmoothingConfig
 from hf_lipschitz.certification.certificate import Certificate
 from hf_lipschitz.certification.results import ResultsWriter, read_results
-from hf_lipschitz.configuration import SmoothingConfig
 
 
 CONFIG = SmoothingConfig(sigma=0.1, alpha=1 / 3).to_dict()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier
-from hf_lipschitz.configuration import SmoothingConfig
+from hf_lipschitz.bounds import graph_bound
+from hf_lipschitz.certification import Certificate, SmoothedClassifier, SmoothingConfig
 from tests.certification.exact import DIRECTION, Lines, Slabs, place
 
 
@@ -25,6 +27,7 @@ def test_the_certificate_says_how_it_was_made() -> None:
     assert certificate == Certificate(
         prediction=1, radius=certificate.radius, norm="l2", unit="pixel / 255", p_lower=certificate.p_lower,
         p_upper=None, alpha=1e-3, n=1000, method="one_class", stop_reason="fixed_n", sigma=0.5, seed=-5, index=12,
+        noise="gaussian",
     )  # fmt: skip
     for name in ("radius", "p_lower", "alpha", "sigma"):
         assert type(getattr(certificate, name)) is float
@@ -62,12 +65,18 @@ def test_global_generators_are_untouched() -> None:
 
 
 @pytest.mark.parametrize("certificate", CERTIFICATES)
-@pytest.mark.parametrize(("n0", "n"), [(1, 1), (1, 2), (3, 7)])
-def test_few_samples_certify_nothing(certificate: str, n0: int, n: int) -> None:
-    smoothed = SmoothedClassifier(HALF_PLANES, 2, replace(CONFIG, n0=n0, n=n, certificate=certificate))
-    found = smoothed.certify(place(3.0))
-    assert (found.prediction, found.radius) == (ABSTAIN, 0.0)
-    assert smoothed.predict(place(3.0)) == ABSTAIN
+@pytest.mark.parametrize("num_classes", [2, 1000])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_too_few_samples_are_refused_with_enough(certificate: str, num_classes: int, n: int) -> None:
+    config = replace(CONFIG, n0=3, n=n, certificate=certificate)
+    with pytest.raises(ValueError, match=f"n = {n} samples certify nothing") as error:
+        SmoothedClassifier(HALF_PLANES, num_classes, config)
+    enough = int(re.search(r"raise n to (\d+)", str(error.value))[1])
+    found = SmoothedClassifier(HALF_PLANES, 2, replace(config, n=enough)).certify(place(3.0))
+    assert (found.prediction, found.radius > 0) == (1, True)
+    sequential = replace(config, n=100, radii=[0.0], alpha=1e-40)
+    with pytest.raises(ValueError, match="n = 100 samples certify nothing"):
+        SmoothedClassifier(HALF_PLANES, num_classes, sequential)
 
 
 @pytest.mark.parametrize("certificate", CERTIFICATES)
@@ -175,3 +184,151 @@ def test_temperature_and_map_reach_the_scores() -> None:
     assert found["softmax", 0.1].p_lower == pytest.approx(
         Lines((1.0, -1.0), (0.0, 0.0), temperature=0.1).smoothed(0.5, 0.5)[0], abs=0.03
     )
+
+
+class Normalising(nn.Module):
+    """Its rows see each other through the statistics of the batch, although it is in eval mode."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.eval()
+
+    def forward(self, batch: Tensor) -> Tensor:
+        logits = HALF_PLANES(batch) + batch
+        return logits - self.share * logits.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_rows_that_see_each_other_are_refused(share: float) -> None:
+    with pytest.raises(RuntimeError, match="other rows of its batch"):
+        SmoothedClassifier(Normalising(share), 2, CONFIG).certify(place(0.3))
+    SmoothedClassifier(Normalising(0.0), 2, CONFIG).certify(place(0.3))
+
+
+def test_batch_norm_without_running_statistics_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval()
+    with pytest.raises(RuntimeError, match=r"other rows of its batch.*BatchNorm"):
+        SmoothedClassifier(model, 2, CONFIG).certify(place(0.3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("certificate", CERTIFICATES)
+def test_logits_that_are_not_finite_name_the_input(bad: float, certificate: str) -> None:
+    def broken(batch: Tensor) -> Tensor:
+        logits = HALF_PLANES(batch)
+        logits[batch[:, 0] > 50, 1] = bad
+        return logits
+
+    smoothed = SmoothedClassifier(broken, 2, replace(CONFIG, certificate=certificate))
+    with pytest.raises(RuntimeError, match="on input 11;"):
+        list(smoothed.certify_together([place(0.3), torch.tensor([100.0, 0.0]), place(0.1)], [4, 11, 7]))
+
+
+@pytest.mark.parametrize("certificate", [*CERTIFICATES, "class_partition"])
+def test_together_is_one_by_one(certificate: str) -> None:
+    xs = [place(u) for u in (0.4, -0.2, 0.05, 1.0, -2.0)]
+    for config in (
+        replace(CONFIG, certificate=certificate),
+        replace(CONFIG, certificate=certificate, radii=[0.1, 0.3]),
+    ):
+        smoothed = SmoothedClassifier(HALF_PLANES, 2, config)
+        together = dict(smoothed.certify_together(xs, [7, 3, 9, 1, 0]))
+        for i, index in enumerate([7, 3, 9, 1, 0]):
+            assert together[i] == smoothed.certify(xs[i], index=index)
+
+
+def test_indices_are_different_and_as_many_as_inputs() -> None:
+    smoothed = SmoothedClassifier(HALF_PLANES, 2, CONFIG)
+    for indices in ([0, 0], [1]):
+        with pytest.raises(ValueError, match="as many different indices"):
+            list(smoothed.certify_together([place(0.1), place(0.2)], indices))
+    assert list(smoothed.certify_together([])) == []
+
+
+def test_parts_of_a_batch_give_the_same() -> None:
+    sizes = set()
+
+    def recorder(batch: Tensor) -> Tensor:
+        sizes.add(len(batch))
+        return HALF_PLANES(batch)
+
+    expected = SmoothedClassifier(HALF_PLANES, 2, CONFIG).certify(place(0.3))
+    assert SmoothedClassifier(recorder, 2, replace(CONFIG, num_splits=10)).certify(place(0.3)) == expected
+    assert sizes == {10}
+
+
+@pytest.mark.parametrize(("noise", "norm"), [("laplace", "l1"), ("uniform", "l1"), ("exact", "l2")])
+def test_other_noises(noise: str, norm: str) -> None:
+    x = torch.full((2,), 130 / 255)
+
+    def bright(batch: Tensor) -> Tensor:
+        return HALF_PLANES(batch - 0.45)
+
+    found = SmoothedClassifier(bright, 2, replace(CONFIG, sigma=0.25, noise=noise, n=10_000)).certify(x)
+    assert (found.prediction, found.norm, found.noise) == (1, norm, noise)
+    distance = float((x - 0.45) @ DIRECTION)
+    assert 0 < found.radius < distance * (math.sqrt(2) if norm == "l1" else 1)
+
+
+def test_exact_noise_is_for_pixels() -> None:
+    smoothed = SmoothedClassifier(HALF_PLANES, 2, replace(CONFIG, noise="exact"))
+    with pytest.raises(ValueError, match="uint8"):
+        smoothed.certify(torch.tensor([0.1234, 0.5]))
+
+
+class Affine(nn.Module):
+    """Logits (u, -u) scaled, u the coordinate along a direction: of constant √2 · scale."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.layer.weight.copy_(scale * torch.stack([DIRECTION, -DIRECTION]))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_lipschitz_scores_have_a_larger_radius_and_a_sound_one() -> None:
+    model = Affine(0.3)
+    bound = graph_bound(model, {"x": place(0.0)[None]})
+    assert bound.value == pytest.approx(0.3 * math.sqrt(2), rel=1e-3)
+    config = replace(CONFIG, sigma=0.2, n=20_000, certificate="lipschitz", score_lipschitz=bound)
+    found = SmoothedClassifier(model, 2, config).certify(place(1.0))
+    plain = SmoothedClassifier(model, 2, replace(config, certificate="lvm", score_lipschitz=None)).certify(place(1.0))
+    assert plain.radius < found.radius <= 1.0
+    assert found.radius > 0.8
+    assert found.score_lipschitz == pytest.approx(0.3 * 0.5, rel=1e-3)
+    gaussian = replace(config, mean_bound="subgaussian")
+    assert 0.8 < SmoothedClassifier(model, 2, gaussian).certify(place(1.0)).radius <= 1.0
+
+
+def test_bounds_that_prove_nothing_are_refused() -> None:
+    model = Affine(0.3)
+    local = graph_bound(model, {"x": place(0.0)[None]}, center=place(0.0)[None], radius=0.1)
+    with pytest.raises(ValueError, match="global"):
+        replace(CONFIG, certificate="lipschitz", score_lipschitz=local)
+    with pytest.raises(TypeError, match="estimate"):
+        replace(CONFIG, certificate="lipschitz", score_lipschitz=0.4)
+    with pytest.raises(ValueError, match="needs score_lipschitz"):
+        SmoothedClassifier(model, 2, replace(CONFIG, certificate="lipschitz"))
+    with pytest.raises(ValueError, match="alone"):
+        replace(CONFIG, certificate="lvm", score_lipschitz=graph_bound(model, {"x": place(0.0)[None]}))
+    with pytest.raises(ValueError, match="gaussian"):
+        replace(CONFIG, certificate="lipschitz", noise="exact")
+    other = graph_bound(nn.Linear(3, 2).eval(), {"input": torch.zeros(1, 3)})
+    with pytest.raises(ValueError, match="for this shape"):
+        SmoothedClassifier(model, 2, replace(CONFIG, certificate="lipschitz", score_lipschitz=other)).certify(
+            place(0.0)
+        )
+
+
+def test_the_certificate_names_the_dtype_of_the_base_classifier() -> None:
+    class Cast(Affine):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(torch.bfloat16))
+
+    assert SmoothedClassifier(Affine(1.0), 2, CONFIG).certify(place(0.5)).dtype == "float32"
+    assert SmoothedClassifier(Cast(1.0).bfloat16(), 2, CONFIG).certify(place(0.5)).dtype == "bfloat16"

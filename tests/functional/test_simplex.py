@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import brentq
 
-from hf_lipschitz.configuration import SmoothingConfig
+from hf_lipschitz.certification import SmoothingConfig
 from hf_lipschitz.functional.simplex import SIMPLEX_MAPS, register_simplex_map, softmax, sparsemax
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_lipschitz.bounds.logs import log_sum, scaled
 from hf_lipschitz.bounds.regions import Region, length
 from hf_lipschitz.bounds.registry import Call, NoRule, rule
+from hf_lipschitz.bounds.rules.norms import share_of
 from hf_lipschitz.bounds.values import Dependent
 
 
@@ -42,8 +43,9 @@ def attention(call: Call) -> Dependent:
 
     \(L \le \sqrt c\,L_v + s\max_i S_kS_v\,L_q + s\sqrt{\max_j\sum_i P_{ij}(\|q_i\|S_v)^2}\,L_k\).
 
-    Everywhere on norms r_q, r_k, r_v: S_k ≤ r_k, S_v ≤ r_v, and P_ij ≤ 1/(1 + (m_i - 1)e^{-Δ_i}) for m_i visible keys
-    and Δ_i = 2s‖q_i‖r_k plus the range of an additive mask; the keys may be shifted by any common vector. On a ball,
+    Everywhere on norms r_q, r_k, r_v: S_k ≤ r_k, S_v ≤ r_v, and P_ij ≤ e^{b_ij} / (e^{b_ij} + Σ_{l≠j} e^{b_il - Δ_i})
+    for an additive mask b and Δ_i = 2s‖q_i‖r_k, by which two scores differ at most; the keys may be shifted by any
+    common vector. On a ball,
     with t_ij the most that a score moves, P_ij ≤ P⁰_ij e^{t_ij} / Σ_l P⁰_il e^{-t_il}, and S² is at most the norm of
     Σ_j P_ij (k⁰_j - m)(k⁰_j - m)ᵀ plus what the radii of the keys add (Minkowski). The lesser of both is taken. Each
     key that serves ρ heads counts √ρ. The proof of [`ball_attention_bound`] in `functional` is the same.
@@ -113,13 +115,9 @@ def _tokens(given: Any, repeats: int) -> _Tokens:
 
 
 class _Mask(NamedTuple):
-    """Added to the scores, -inf where a key is hidden; for each row the range of the rest, and whether it sees none.
-
-    All of the shape `(..., queries, keys)`, or with one for the keys.
-    """
+    """Added to the scores, `(..., queries, keys)`, -inf where a key is hidden; and which rows see none."""
 
     added: Tensor
-    range: Tensor
     is_blind: Tensor
 
 
@@ -132,31 +130,27 @@ def _mask(call: Call, shapes: list[tuple[int, ...]]) -> _Mask:
         if given.dtype == torch.bool:
             mask = torch.where(given, 0.0, -math.inf).double()
         else:
-            # What transformers adds to hide a key is the least number of the dtype; it hides in exact arithmetic up
-            # to exp of minus that.
-            hidden = given <= torch.finfo(given.dtype).min / 4
+            # What transformers adds to hide a key is the least number of the dtype. In exact arithmetic it hides up to
+            # exp of minus that, which is nothing but in half precision.
+            hidden = given.double() <= torch.finfo(torch.float32).min / 4
             mask = torch.where(hidden, -math.inf, given.double())
     if call["is_causal"]:
         mask = mask + torch.full((queries, keys), -math.inf, dtype=torch.float64).triu(1)
     # A row that sees nothing is uniform or zero.
     is_blind = torch.isinf(mask).all(-1, keepdim=True)
     mask = torch.where(is_blind, 0.0, mask)
-    shown = torch.where(torch.isinf(mask), math.nan, mask)
-    top = torch.nan_to_num(shown, nan=-math.inf).amax(-1, keepdim=True)
-    low = torch.nan_to_num(shown, nan=math.inf).amin(-1, keepdim=True)
-    return _Mask(mask, top - low, is_blind)
+    return _Mask(mask, is_blind)
 
 
 def _on_norms(
     query: _Tokens, key: _Tokens, value: _Tokens, scale: float, mask: _Mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P, S_k and S_v from norms alone, and from the distance of the keys to their middle."""
-    visible = torch.isfinite(mask.added)
     largest = _from_middle(key).amax(-2, keepdim=True)
-    score_range = 2 * scale * (query.norm * largest).nan_to_num(nan=math.inf) + mask.range
-    seen = visible.sum(-1, keepdim=True)
-    most = 1 / (1 + (seen - 1) * torch.exp(-score_range))
-    weights = torch.where(visible, most, 0.0)
+    apart = 2 * scale * (query.norm * largest).nan_to_num(nan=math.inf)
+    others = torch.where(torch.isinf(mask.added), -math.inf, mask.added - apart)
+    most = share_of(mask.added.expand(others.shape), others)[0]
+    weights = torch.where(torch.isfinite(mask.added), most.nan_to_num(nan=1.0), 0.0)
     return weights, largest.expand_as(query.norm), _from_middle(value).amax(-2, keepdim=True).expand_as(query.norm)
 
 

@@ -138,7 +138,7 @@ def _tanh_gelu_slope(u: Tensor) -> Tensor:
 
 
 def _relu_slope(lower: Tensor, upper: Tensor) -> Tensor:
-    return (upper > 0).double()
+    return (~(upper <= 0)).double()
 
 
 def _finite(function: _Function, at_minus: float, at_plus: float) -> _Function:
@@ -174,7 +174,7 @@ RELU = Curve(torch.relu, 1.0, _relu_slope)
 
 _CURVES: dict[object, Curve] = {
     _aten.relu.default: RELU,
-    _aten.relu6.default: Curve(functional.relu6, 1.0, lambda a, b: ((b > 0) & (a < 6)).double()),
+    _aten.relu6.default: Curve(functional.relu6, 1.0, lambda a, b: (~((b <= 0) | (a >= 6))).double()),
     _aten.tanh.default: Curve(torch.tanh, 1.0, peaks(lambda u: 4 * torch.sigmoid(2 * u) * torch.sigmoid(-2 * u), 0.0)),
     _aten.sigmoid.default: Curve(torch.sigmoid, 0.25, peaks(lambda u: torch.sigmoid(u) * torch.sigmoid(-u), 0.0)),
     _aten.abs.default: Curve(torch.abs, 1.0, turning=(0.0,)),
@@ -228,7 +228,7 @@ def leaky_relu(call: Call) -> Dependent:
     low = float(call["negative_slope"])
 
     def on(a: Tensor, b: Tensor) -> Tensor:
-        return torch.maximum((b > 0).double(), torch.where(a < 0, abs(low), 0.0))
+        return torch.maximum((~(b <= 0)).double(), torch.where(a >= 0, 0.0, abs(low)))
 
     curve = Curve(lambda u: functional.leaky_relu(u, low), max(1.0, abs(low)), on, (0.0,))
     return through(call.only("self"), curve, call.shape)
@@ -282,5 +282,5 @@ def clamped(call: Call) -> Dependent:
         next((float(given[name]) for name in names if given.get(name) is not None), default)
         for names, default in ((("min", "min_val"), -math.inf), (("max", "max_val"), math.inf))
     )
-    curve = Curve(lambda u: u.clamp(low, high), 1.0, lambda a, b: ((b > low) & (a < high)).double())
+    curve = Curve(lambda u: u.clamp(low, high), 1.0, lambda a, b: (~((b <= low) | (a >= high))).double())
     return through(call.only("self"), curve, call.shape)

@@ -147,11 +147,13 @@ def softmax(call: Call) -> Dependent:
     of a row of absolute values, on the region."""
     value = call.only("self")
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    if not value.shape:
+        return Dependent(-math.inf, (), Region(one, one))
     lower, upper = value.region.lower, value.region.upper
     gain = 0.5
     if lower is not None and upper is not None:
         low, high = (end.expand(value.shape).movedim(call["dim"], -1) for end in (lower, upper))
-        least, most = _share(low, high), _share(high, low)
+        least, most = share_of(low, high), share_of(high, low)
         nearest = torch.where(most[0] < 0.5, most[0] * most[1], least[0] * least[1])
         nearest = torch.where((least[0] <= 0.5) & (most[0] >= 0.5), 0.25, nearest).nan_to_num(nan=0.25)
         gain = min(gain, 2 * nearest.max().item() * (1 + 1e-9) + _TINY)
@@ -161,7 +163,7 @@ def softmax(call: Call) -> Dependent:
     return call.gives(value, gain, Region(zero, one, norm=torch.ones(1, dtype=torch.float64) if is_last else None))
 
 
-def _share(own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def share_of(own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """exp(own_i) / (exp(own_i) + Σ_{j≠i} exp(others_j)) along the last axis, and what is left to 1."""
     none = torch.full_like(others[..., :1], -math.inf)
     before = torch.cat([none, others[..., :-1].logcumsumexp(-1)], -1)
