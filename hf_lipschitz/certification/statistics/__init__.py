@@ -19,17 +19,11 @@ from hf_lipschitz.certification.statistics.bounded import (
 )
 from hf_lipschitz.certification.statistics.histogram import (
     NUM_SCORE_BINS,
-    NUM_SCORE_CELLS,
     SCORE_WEIGHT,
-    bin_above,
-    bin_below,
     bin_ends,
-    cell_ends,
     interpolated_histogram,
     interpolation_weights,
     score_bins,
-    score_cells,
-    score_histogram,
 )
 
 
@@ -55,15 +49,9 @@ __all__ = [
     "pilot_bet",
     # histograms of scores
     "NUM_SCORE_BINS",
-    "NUM_SCORE_CELLS",
     "SCORE_WEIGHT",
-    "bin_above",
-    "bin_below",
     "bin_ends",
-    "cell_ends",
     "interpolated_histogram",
     "interpolation_weights",
     "score_bins",
-    "score_cells",
-    "score_histogram",
 ]

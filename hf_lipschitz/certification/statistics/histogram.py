@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -16,12 +15,10 @@ SMALLEST_BIN_EXPONENT = -24
 LARGEST_RATIO = 1.02
 BINS_PER_SIDE = math.ceil((-1 - SMALLEST_BIN_EXPONENT) * math.log(2) / math.log(LARGEST_RATIO))
 NUM_SCORE_BINS = 2 * BINS_PER_SIDE + 3
-NUM_SCORE_CELLS = NUM_SCORE_BINS + 1
 # What one score adds to an interpolated histogram.
 SCORE_WEIGHT = 2**30
 
 Array = NDArray[np.float64]
-Scores = TypeVar("Scores", Tensor, Array)
 
 
 def score_bins() -> Array:
@@ -35,73 +32,6 @@ def score_bins() -> Array:
         exactly its reverse.
     """
     return _bins().copy()
-
-
-def bin_below(scores: ArrayLike) -> NDArray[np.int64]:
-    """
-    Index of the largest bin that is at most the score.
-
-    Raises:
-        `ValueError`: a score is NaN or outside [0, 1].
-    """
-    return np.searchsorted(_bins(), _checked(np.asarray(scores, dtype=np.float64)), side="right") - 1
-
-
-def bin_above(scores: ArrayLike) -> NDArray[np.int64]:
-    """
-    Index of the smallest bin that is at least the score.
-
-    Raises:
-        `ValueError`: a score is NaN or outside [0, 1].
-    """
-    return np.searchsorted(_bins(), _checked(np.asarray(scores, dtype=np.float64)), side="left")
-
-
-def score_cells(scores: Tensor) -> Tensor:
-    """
-    The cell that each score is counted in. Cell 0 is {0}, cell i + 1 the interval from bin i to bin i + 1 with the
-    left end (but without 0), and the last cell is {1}.
-
-    Args:
-        scores (`torch.Tensor`):
-            In [0, 1], of any shape and floating-point type, on a device that has float64.
-
-    Returns:
-        `torch.Tensor` of the same shape and device, int64, below `NUM_SCORE_CELLS`.
-
-    Raises:
-        `ValueError`: a score is NaN or outside [0, 1].
-    """
-    scores = _checked(scores.double().contiguous())
-    return torch.bucketize(scores, _bins_on(scores.device), right=True) - 1 + (scores > 0)
-
-
-def cell_ends() -> tuple[Array, Array]:
-    """
-    Left and right end of each cell: every score that is counted in the cell lies between them. A lower bound on the
-    mean takes the left ends for values, an upper bound the right ends.
-    """
-    bins = _bins()
-    return np.concatenate([[0.0], bins]), np.concatenate([bins, [1.0]])
-
-
-def score_histogram(scores: Tensor) -> Tensor:
-    """
-    How many of the scores lie in each cell. A bound on the mean from it loses up to 2 % of min(x, 1 - x) to the
-    rounding, which for 10 000 samples is often more than the width of the bound: see [`interpolated_histogram`].
-
-    Args:
-        scores (`torch.Tensor` of shape `(n, K)`):
-            In [0, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(K, NUM_SCORE_CELLS)`, int64, on the device of the scores.
-
-    Raises:
-        `ValueError`: a score is NaN or outside [0, 1].
-    """
-    cells = score_cells(scores)
-    return _added(cells, torch.ones_like(cells), NUM_SCORE_CELLS)
 
 
 def interpolation_weights(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +117,7 @@ def _added(places: Tensor, weights: Tensor, size: int) -> Tensor:
     return histogram.view(-1, size)
 
 
-def _checked(scores: Scores) -> Scores:
+def _checked(scores: Tensor) -> Tensor:
     if not ((scores >= 0) & (scores <= 1)).all():
         raise ValueError("Scores must be in [0, 1] and not NaN.")
     return scores
