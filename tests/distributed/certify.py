@@ -36,10 +36,16 @@ def main(folder: Path, fail: bool) -> None:
     images = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8) for i in range(7)]
     if fail and accelerator.process_index == 1:
         certifier.base_classifier.forward = lambda x: torch.full((len(x), 4), torch.nan)
-    certificates = certifier(images, progress_bar=False)
+    certificates = {
+        "fixed": certifier(images, progress_bar=False),
+        "sequential": certifier(images, progress_bar=False, certificate="two_class", radii=[0.5, 1.0], n=3000),
+        "batches of 7": certifier(images, progress_bar=False, batch_size=7),
+    }
+    assert certificates["batches of 7"] == certificates["fixed"]
     certify_dataset(certifier, images, [0] * 7, folder / "results.jsonl", progress_bar=False)
     name = f"{accelerator.num_processes}-{accelerator.process_index}.json"
-    (folder / name).write_text(json.dumps([certificate.to_dict() for certificate in certificates]))
+    found = {kind: [certificate.to_dict() for certificate in some] for kind, some in certificates.items()}
+    (folder / name).write_text(json.dumps(found))
 
 
 main(Path(sys.argv[1]), fail="fail" in sys.argv)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,19 +29,21 @@ def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[st
     )
 
 
-def test_two_processes_return_and_write_what_one_does(tmp_path: Path) -> None:
-    for processes in (1, 2):
+@pytest.mark.parametrize("many", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_many_processes_return_and_write_what_one_does(tmp_path: Path, many: int) -> None:
+    for processes in (1, many):
         folder = tmp_path / str(processes)
         folder.mkdir()
         done = launch(processes, folder)
         assert done.returncode == 0, done.stderr
     (single,) = (tmp_path / "1").glob("1-*.json")
     expected = json.loads(single.read_text())
-    assert [certificate["index"] for certificate in expected] == list(range(7))
-    assert len({certificate["p_lower"] for certificate in expected}) > 1
-    for rank in (0, 1):
-        assert json.loads((tmp_path / "2" / f"2-{rank}.json").read_text()) == expected
-    assert (tmp_path / "1" / "results.jsonl").read_bytes() == (tmp_path / "2" / "results.jsonl").read_bytes()
+    assert [certificate["index"] for certificate in expected["fixed"]] == list(range(7))
+    assert len({certificate["p_lower"] for certificate in expected["fixed"]}) > 1
+    assert all(100 < certificate["n"] < 3000 for certificate in expected["sequential"])
+    for rank in range(many):
+        assert json.loads((tmp_path / str(many) / f"{many}-{rank}.json").read_text()) == expected
+    assert (tmp_path / "1" / "results.jsonl").read_bytes() == (tmp_path / str(many) / "results.jsonl").read_bytes()
 
 
 def test_a_failure_in_one_process_stops_all_of_them(tmp_path: Path) -> None:
