@@ -9,6 +9,7 @@ from hf_lipschitz.certification.noise import NOISE_BLOCK, Noise, NoiseKey, Stage
 from hf_lipschitz.certification.processes import ONE_PROCESS, Checkpoints, Processes
 from hf_lipschitz.certification.radius import laplace_radius, smoothing_radius, uniform_radius
 from hf_lipschitz.certification.results import Results, ResultsWriter, read_results
+from hf_lipschitz.certification.simplex_choice import calibrate_simplex_map
 from hf_lipschitz.certification.smoothed import SmoothedClassifier
 from hf_lipschitz.certification.statistics import (
     betting_lower,
@@ -27,6 +28,7 @@ __all__ = [
     "Certificate",
     "SmoothedClassifier",
     "SmoothingConfig",
+    "calibrate_simplex_map",
     "certified_accuracy",
     # results on disk
     "CheckpointFile",

@@ -1,12 +1,12 @@
 """The Lipschitz bound of a whole fine-tuned transformer, rung by rung of what is replaced in it, and its accuracy.
 
     python scripts/real_checkpoints/ladder.py --model minilm --output ladder_minilm.json
-    python scripts/real_checkpoints/ladder.py --model vit --output ladder_vit.json
+    python scripts/real_checkpoints/ladder.py --model vit --epochs 16 --output ladder_vit.json
 
 The first rung is fine-tuned plainly. Norms and attention then get the constants that leave the training data as they
 are (`calibrate`), without training. The rungs below start from the first one, are annealed to constant 1 a layer in a
 share of the same number of steps, and are calibrated anew at the end. The last rung also caps the radii of the balls
-and lifts the floors of the norms, to 1 by default, which the model has to learn to live with. The bound is
+and lifts the floors of the norms, which the model has to learn to live with. The bound is
 `lipschitz_bound` with respect to the word embeddings of one held-out text, or to the normalised pixels of one image;
 the attack is `verify_lipschitz`, and the radii are those of `certify_deterministic`. The settings were not chosen rung
 by rung.
@@ -49,8 +49,8 @@ class Arguments:
     epochs: float | None = field(default=None, metadata={"help": "default: those of the model's task"})
     constant: float = field(default=1.0, metadata={"help": "of each layer, from the fourth rung on"})
     schedule_ratio: float = field(default=0.4, metadata={"help": "share of the steps until the constant is reached"})
-    ball: float = field(default=1.0, metadata={"help": "largest radius of the balls on the last rung"})
-    floor: float = field(default=1.0, metadata={"help": "least floor of the norms on the last rung"})
+    ball: float = field(default=3.0, metadata={"help": "largest radius of the balls on the last rung"})
+    floor: float = field(default=0.3, metadata={"help": "least floor of the norms on the last rung"})
     radii: int = field(default=16, metadata={"help": "held-out inputs that are certified"})
     starts: int = field(default=4, metadata={"help": "of the attack"})
     steps: int = field(default=10, metadata={"help": "of the attack"})
