@@ -2,10 +2,18 @@
 
 from hf_lipschitz.bounds import LipschitzBound
 from hf_lipschitz.calibration import calibrate
-from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, SmoothingConfig, certified_accuracy
+from hf_lipschitz.certification import (
+    ABSTAIN,
+    Certificate,
+    SmoothedClassifier,
+    SmoothingConfig,
+    calibrate_simplex_map,
+    certified_accuracy,
+)
 from hf_lipschitz.configuration import LipschitzConfig
 from hf_lipschitz.conversion import lipschitzify, materialized, merge
 from hf_lipschitz.deterministic import certify_deterministic
+from hf_lipschitz.integrations.denoisers import DenoisedClassifier, OneStepDiffusionDenoiser
 from hf_lipschitz.integrations.lora import LipschitzLoraConfig, lipschitz_lora_config
 from hf_lipschitz.integrations.registration import register
 from hf_lipschitz.methods import register_method
@@ -38,8 +46,11 @@ __all__ = [
     "ABSTAIN",
     "Certificate",
     "CertifiedClassificationPipeline",
+    "DenoisedClassifier",
+    "OneStepDiffusionDenoiser",
     "SmoothedClassifier",
     "SmoothingConfig",
+    "calibrate_simplex_map",
     "certified_accuracy",
     "certify_deterministic",
     # package

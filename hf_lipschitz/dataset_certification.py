@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hf_lipschitz.certification import Certificate, CheckpointFile, ResultsWriter, WindowOfInputs, read_results
 from hf_lipschitz.deterministic import DETERMINISTIC
 from hf_lipschitz.fingerprints import fingerprint
+from hf_lipschitz.integrations.denoisers import denoiser_identity
 from hf_lipschitz.integrations.sharing import processes_of
 from hf_lipschitz.pipelines import CertifiedClassificationPipeline
 from hf_lipschitz.version import __version__
@@ -65,6 +66,7 @@ def certify_dataset(
     header = {
         "smoothing": config.to_dict(),
         "model": fingerprint(certifier.model),
+        "denoiser": denoiser_identity(certifier.base_classifier),
         "labels": [int(label) for label in labels],
         "versions": {
             "hf_lipschitz": __version__,

@@ -26,7 +26,8 @@ from hf_lipschitz.certification import (
 from hf_lipschitz.conversion import materialized
 from hf_lipschitz.deterministic import DETERMINISTIC, DeterministicClassifier
 from hf_lipschitz.fingerprints import fingerprint
-from hf_lipschitz.integrations.base_classifiers import PixelClassifier, base_classifier
+from hf_lipschitz.integrations.base_classifiers import PIXEL_UNIT, base_classifier
+from hf_lipschitz.integrations.denoisers import denoised
 from hf_lipschitz.integrations.sharing import certify_in_shares, processes_of
 from hf_lipschitz.model_bounds import graph_of
 
@@ -57,6 +58,9 @@ class CertifiedClassificationPipeline(Pipeline):
             Or its fields as keywords, as `sigma` (needed, but for `"deterministic"`); `batch_size` is the number of
             noisy copies a forward pass. All may be given in a call as well. For `"lipschitz"` the constant of the
             model is computed if `score_lipschitz` is missing.
+        denoiser (`Callable[[Tensor], Tensor]`, *optional*):
+            For images: takes the noise off before the model sees them ([`DenoisedClassifier`]), as a conv denoiser or
+            [`OneStepDiffusionDenoiser`]. It is part of the base classifier.
         accelerator (`accelerate.Accelerator`, *optional*):
             Shares the batches of a list over its processes. Every process returns the whole list, and the counts are
             those of one process.
@@ -79,7 +83,12 @@ class CertifiedClassificationPipeline(Pipeline):
     """
 
     def __init__(
-        self, *args: Any, accelerator: Accelerator | None = None, progress_bar: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        denoiser: Callable[[Tensor], Tensor] | None = None,
+        accelerator: Accelerator | None = None,
+        progress_bar: bool = True,
+        **kwargs: Any,
     ) -> None:
         model = kwargs.get("model", args[0] if args else None)
         if accelerator is not None:
@@ -89,6 +98,8 @@ class CertifiedClassificationPipeline(Pipeline):
         self.accelerator = accelerator
         self.progress_bar = progress_bar
         self.base_classifier = base_classifier(self.model, self.tokenizer, self.image_processor)
+        if denoiser is not None:
+            self.base_classifier = denoised(denoiser, self.base_classifier)
         self._deterministic: tuple[str, DeterministicClassifier] | None = None
         self._bounds: dict[tuple[int, ...], LipschitzBound] = {}
 
@@ -104,7 +115,7 @@ class CertifiedClassificationPipeline(Pipeline):
         return {}, {**given, **fields}, {}
 
     def preprocess(self, inputs: Any) -> dict[str, Tensor]:
-        if isinstance(self.base_classifier, PixelClassifier) and isinstance(inputs, str):
+        if self.base_classifier.unit == PIXEL_UNIT and isinstance(inputs, str):
             inputs = load_image(inputs)
         return {"x": self.base_classifier.encode(inputs)}
 
@@ -171,6 +182,11 @@ class CertifiedClassificationPipeline(Pipeline):
 
     def smoothed(self, config: SmoothingConfig, x: Tensor) -> SmoothedClassifier:
         """The smoothed classifier of inputs of the shape of x; on materialised weights."""
+        matched = getattr(getattr(self.base_classifier, "denoiser", None), "sigma", config.sigma)
+        if matched != config.sigma:
+            raise ValueError(
+                f"the denoiser is for sigma={matched}, and the noise has {config.sigma}: give both the same"
+            )
         if config.certificate == "lipschitz" and config.score_lipschitz is None:
             config = dataclasses.replace(config, score_lipschitz=self._bound_for(x))
         return SmoothedClassifier(
@@ -238,7 +254,7 @@ class CertifiedClassificationPipeline(Pipeline):
         """Keeps the bounds of the weights that the model has at present, and no others."""
         if config.certificate not in (DETERMINISTIC, "lipschitz"):
             return
-        present = fingerprint(self.model)
+        present = fingerprint(self.base_classifier)
         if self._deterministic is None or self._deterministic[0] != present:
             self._deterministic = (present, DeterministicClassifier(self.base_classifier, self.base_classifier.unit))
             self._bounds = {}

@@ -140,11 +140,11 @@ class _Sample(NamedTuple):
 
     @property
     def sums(self) -> Floats:
-        return self.counts @ self.values
+        return np.einsum("...v,v->...", self.counts, self.values)
 
     @property
     def sums_of_squares(self) -> Floats:
-        return self.counts @ np.square(self.values)
+        return np.einsum("...v,v->...", self.counts, np.square(self.values))
 
 
 _MeanBound = Callable[[_Sample, Floats, Setting], Floats]

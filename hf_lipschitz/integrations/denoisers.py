@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lipschitz.fields import check_name, real
+from hf_lipschitz.fingerprints import fingerprint
 from hf_lipschitz.integrations.base_classifiers import PIXEL_UNIT
 
 
@@ -90,6 +91,30 @@ class DenoisedClassifier(nn.Module):
         """`(B, channels, height, width)` in [0, 1], noise included, to logits `(B, K)`."""
         output = self.classifier(self.denoise(noisy))
         return getattr(output, "logits", output)
+
+
+def denoised(denoiser: Callable[[Tensor], Tensor], classifier: nn.Module) -> DenoisedClassifier:
+    """A denoiser in front of the base classifier of a pipeline, where its parameters are.
+
+    Raises:
+        ValueError: the classifier does not take images.
+        TypeError, RuntimeError: as [`DenoisedClassifier`].
+    """
+    if classifier.unit != PIXEL_UNIT:
+        raise ValueError(f"a denoiser is for images, and this model takes {classifier.unit}: leave denoiser out")
+    return DenoisedClassifier(denoiser, classifier).to(next(classifier.parameters()).device)
+
+
+def denoiser_identity(base_classifier: nn.Module) -> str | None:
+    """What tells two denoisers apart, by weights and printed form; `None` where there is none.
+
+    A plain function prints with its address, so that results with it are never taken up by another process.
+    """
+    if not isinstance(base_classifier, DenoisedClassifier):
+        return None
+    denoiser = base_classifier.denoiser
+    weights = fingerprint(denoiser) if isinstance(denoiser, nn.Module) else ""
+    return f"{denoiser!r} {weights}".strip()
 
 
 class OneStepDiffusionDenoiser(nn.Module):

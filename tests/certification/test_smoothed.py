@@ -225,14 +225,15 @@ def test_logits_that_are_not_finite_name_the_input(bad: float, certificate: str)
         list(smoothed.certify_together([place(0.3), torch.tensor([100.0, 0.0]), place(0.1)], [4, 11, 7]))
 
 
+@pytest.mark.parametrize("base", [HALF_PLANES, Lines((1.0, -1.0), (0.0, 0.1))], ids=["votes", "scores"])
 @pytest.mark.parametrize("certificate", [*CERTIFICATES, "class_partition"])
-def test_together_is_one_by_one(certificate: str) -> None:
+def test_together_is_one_by_one(certificate: str, base: Slabs | Lines) -> None:
     xs = [place(u) for u in (0.4, -0.2, 0.05, 1.0, -2.0)]
     for config in (
         replace(CONFIG, certificate=certificate),
         replace(CONFIG, certificate=certificate, radii=[0.1, 0.3]),
     ):
-        smoothed = SmoothedClassifier(HALF_PLANES, 2, config)
+        smoothed = SmoothedClassifier(base, 2, config)
         together = dict(smoothed.certify_together(xs, [7, 3, 9, 1, 0]))
         for i, index in enumerate([7, 3, 9, 1, 0]):
             assert together[i] == smoothed.certify(xs[i], index=index)

@@ -177,14 +177,14 @@ def _solve(values: Array, counts: Array, goals: Array, bets: Array, cap: float) 
     One row a bound, by Newton's method inside a bracket whose lower end is rejected, or 0. A step aims short of the
     root by a tolerance, so that the last point is rejected as well. It is a bisection instead where it would leave the
     bracket or is more than half of the step before: ln W is concave on one side of c/λ₀ and convex on the other.
+
+    Sums go over all values in one order, so that a row's bound does not depend, bit by bit, on the other rows.
     """
-    occurring = counts.any(axis=0)
-    values, counts = values[occurring], counts[:, occurring]
     least = np.full(len(goals), LEAST_BOUND)
     rejects_least = _excess_and_slope(values, counts, goals, bets, least, cap)[0] >= 0
     rejected, accepted = np.where(rejects_least, LEAST_BOUND, 0.0), np.ones(len(goals))
     # No mean above that of the samples is rejected, for ln W(m) ≤ λ(m) Σ(X_i - m).
-    points = np.minimum(counts @ values / counts.sum(axis=-1), 1.0)
+    points = np.minimum(np.einsum("rv,v->r", counts, values) / counts.sum(axis=-1), 1.0)
     last_steps = np.full(len(goals), np.inf)
     rows = np.flatnonzero(rejects_least)
     for _ in range(STEPS):
@@ -216,7 +216,7 @@ def _excess_and_slope(
     allowance = EPS * (len(values) + 8 + 4 / (1 - cap)) * (np.einsum("rv,rv->r", counts, np.abs(logs)) + goals)
     shares = counts / (1 + gains)
     truncated = bets * m > cap
-    slope = -fractions * np.where(truncated, shares @ values / m, shares.sum(axis=-1))
+    slope = -fractions * np.where(truncated, np.einsum("rv,v->r", shares, values) / m, shares.sum(axis=-1))
     return np.einsum("rv,rv->r", counts, logs) - goals - allowance, slope
 
 
