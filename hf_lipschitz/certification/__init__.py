@@ -4,6 +4,7 @@ from hf_lipschitz.certification import procedures as _procedures  # noqa: F401  
 from hf_lipschitz.certification.certificate import ABSTAIN, Certificate, certified_accuracy
 from hf_lipschitz.certification.checkpoint import CheckpointFile
 from hf_lipschitz.certification.configuration import SmoothingConfig
+from hf_lipschitz.certification.exports import columns_of, ecdf, write_csv
 from hf_lipschitz.certification.methods import Bounds, Choice, Method, Setting, register_certificate
 from hf_lipschitz.certification.noise import NOISE_BLOCK, Noise, NoiseKey, Stage, gaussian_noise_block, register_noise
 from hf_lipschitz.certification.processes import ONE_PROCESS, Checkpoints, Processes
@@ -34,7 +35,10 @@ __all__ = [
     "CheckpointFile",
     "Results",
     "ResultsWriter",
+    "columns_of",
+    "ecdf",
     "read_results",
+    "write_csv",
     # many inputs, many processes
     "ONE_PROCESS",
     "Checkpoints",
