@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_lipschitz.certification.certificate import ABSTAIN
 from hf_lipschitz.certification.looks import Look, default_looks, spend
 from hf_lipschitz.certification.methods import METHODS, Bounds, Choice, Floats, Integers, Setting, radii_of
-from hf_lipschitz.certification.noise import NOISE_BLOCK, Stage
+from hf_lipschitz.certification.noise import NOISE_BLOCK, NOISES, Stage
 from hf_lipschitz.certification.processes import ONE_PROCESS, Checkpoints, Processes
 from hf_lipschitz.certification.row_independence import check_row_independence
 from hf_lipschitz.certification.sampling import (
@@ -262,11 +262,13 @@ class Window:
 
     def _decision(self, state: State, row: int) -> Decision:
         candidate, radius, p_upper = self.choice.candidates[row], state.radius[row], state.p_upper[row]
+        config = self.setting.config
+        slack = NOISES[config.noise].slack(self.inputs.xs[row].numel(), config.sigma)
         return Decision(
             prediction=int(candidate) if radius > 0 else ABSTAIN,
             radius=float(radius),
-            p_lower=float(state.p_lower[row]),
-            p_upper=None if np.isnan(p_upper) else float(p_upper),
+            p_lower=max(float(state.p_lower[row]) - slack, 0.0),
+            p_upper=None if np.isnan(p_upper) else min(float(p_upper) + slack, 1.0),
             n=int(state.n[row]),
             stop_reason=STOP_REASONS[state.stop[row]],
         )

@@ -9,10 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from hf_lipschitz.bounds import graph_bound
 from hf_lipschitz.certification import Certificate, SmoothedClassifier, SmoothingConfig
+from hf_lipschitz.certification.methods import RADII
+from hf_lipschitz.certification.noise import NOISES
 from tests.certification.exact import DIRECTION, Lines, Slabs, place
 
 
@@ -333,3 +336,24 @@ def test_the_certificate_names_the_dtype_of_the_base_classifier() -> None:
 
     assert SmoothedClassifier(Affine(1.0), 2, CONFIG).certify(place(0.5)).dtype == "float32"
     assert SmoothedClassifier(Cast(1.0).bfloat16(), 2, CONFIG).certify(place(0.5)).dtype == "bfloat16"
+
+
+def test_a_registered_noise_has_no_radius_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = replace(NOISES["laplace"], name="another")
+    monkeypatch.setitem(NOISES, "another", noise)
+    config = replace(CONFIG, noise="another")
+    with pytest.raises(ValueError, match="no radius is known for noise='another'"):
+        SmoothedClassifier(HALF_PLANES, 2, config)
+    monkeypatch.setitem(RADII, "another", RADII["laplace"])
+    expected = SmoothedClassifier(HALF_PLANES, 2, replace(CONFIG, noise="laplace")).certify(place(0.5))
+    assert SmoothedClassifier(HALF_PLANES, 2, config).certify(place(0.5)).radius == expected.radius > 0
+
+
+def test_bounds_and_radius_give_way_by_the_distance_of_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Lines((1.0, -1.0), (0.0, 0.0))
+    config = replace(CONFIG, certificate="one_class", n=10_000)
+    plain = SmoothedClassifier(base, 2, config).certify(place(0.3))
+    monkeypatch.setitem(NOISES, "gaussian", replace(NOISES["gaussian"], slack=lambda x_size, sigma: 0.005 * x_size))
+    found = SmoothedClassifier(base, 2, config).certify(place(0.3))
+    assert found.p_lower == pytest.approx(plain.p_lower - 0.01, rel=1e-12)
+    assert found.radius == pytest.approx(0.5 * stats.norm.ppf(plain.p_lower - 0.01), rel=1e-9)
