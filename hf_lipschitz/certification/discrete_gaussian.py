@@ -62,15 +62,13 @@ class RoundedGaussian:
         counts = self.thresholds.searchsorted(bits, side="right")
         return (counts - len(self.thresholds) // 2).astype(np.float32)
 
-    def draw(self, source: np.random.BitGenerator, size: int) -> NDArray[np.float32]:
+    def draw(self, source: np.random.BitGenerator, out: NDArray[np.float32]) -> None:
         """
-        `size` independent draws on CPU, in pieces that stay in cache. Only where 16 bits do not decide, 47 more are
-        drawn; the result has the distribution of `from_bits` on 63 bits.
+        Fills the vector `out` with independent draws on CPU, in pieces that stay in cache. Only where 16 bits do not
+        decide, 47 more are drawn; the result has the distribution of `from_bits` on 63 bits.
         """
-        drawn = np.empty(size, np.float32)
-        for start in range(0, size, PIECE):
-            self._fill(drawn[start : start + PIECE], source)
-        return drawn
+        for start in range(0, len(out), PIECE):
+            self._fill(out[start : start + PIECE], source)
 
     def _fill(self, out: NDArray[np.float32], source: np.random.BitGenerator) -> None:
         lead = source.random_raw(-(-len(out) // 4)).view(np.uint16)[: len(out)]

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.certification.discrete_gaussian import LEVELS, rounded_gaussian, total_variation
+from hf_lipschitz.certification.host_numbers import HostNumbers
 
 
 NOISE_BLOCK = 100
 GRID_TOLERANCE = 1e-3
 
-Source = np.random.Generator | torch.Generator
+Source = HostNumbers | torch.Generator
 
 
 class Stage(Enum):
@@ -35,10 +36,10 @@ class NoiseKey:
 
     The key is written out as text, whose bytes are the entropy of a `numpy.random.SeedSequence`: every integer seed
     (negative, larger than 64 bits) is its own key. No global generator is read or advanced. On an accelerator the
-    sequence seeds a `torch.Generator` (64 bits); on CPU it seeds numpy's SFC64 instead, because torch's CPU generator
-    keeps only 32 bits of a seed, too few for the blocks of one data set to be different. The stream therefore depends
-    on the kind of device, not on batch size, process count or order of the draws. Distributions share the bits of a
-    key: samples of two distributions under one key are not independent of each other.
+    sequence seeds a `torch.Generator` (64 bits); on CPU its children seed numpy's SFC64 instead, because torch's CPU
+    generator keeps only 32 bits of a seed, too few for the blocks of one data set to be different. The stream
+    therefore depends on the kind of device, not on batch size, threads, processes or order of the draws. Distributions
+    share the bits of a key: samples of two distributions under one key are not independent of each other.
 
     Args:
         seed (`int`), index (`int`), stage (`Stage`), block (`int`):
@@ -57,7 +58,7 @@ class NoiseKey:
     def source(self, device: torch.device | str) -> Source:
         """A new generator at the start of this key's stream for the kind of `device`."""
         if torch.device(device).type == "cpu":
-            return np.random.Generator(np.random.SFC64(self.sequence()))
+            return HostNumbers(self.sequence().entropy)
         return torch.Generator(device).manual_seed(int(self.sequence().generate_state(1, np.uint64)[0]))
 
 
@@ -237,10 +238,8 @@ def exact(x: Tensor, sigma: float, key: NoiseKey, device: torch.device | str) ->
     source = key.source(device if torch.device(device).type == "cuda" else "cpu")
     if isinstance(source, torch.Generator):
         return table.draw_torch(source, size).add_(pixels).div_(LEVELS)
-    integers = table.draw(source.bit_generator, math.prod(size)).reshape(size)
-    integers += pixels.cpu().numpy()
-    integers /= np.float32(LEVELS)
-    return torch.from_numpy(integers).to(device)
+    integers = source.draw(size, lambda stream, out: table.draw(stream.bit_generator, out))
+    return integers.add_(pixels.cpu()).div_(LEVELS).to(device)
 
 
 def gaussian_noise_block(
@@ -279,19 +278,19 @@ def _gaussian_block(shape: tuple[int, ...], sigma: float, key: NoiseKey, device:
 def _normal(size: tuple[int, ...], source: Source) -> Tensor:
     if isinstance(source, torch.Generator):
         return torch.randn(size, generator=source, device=source.device, dtype=torch.float32)
-    return torch.from_numpy(source.standard_normal(size, np.float32))
+    return source.draw(size, lambda stream, out: stream.standard_normal(dtype=np.float32, out=out))
 
 
 def _exponential(size: tuple[int, ...], source: Source) -> Tensor:
     if isinstance(source, torch.Generator):
         return torch.empty(size, device=source.device, dtype=torch.float32).exponential_(generator=source)
-    return torch.from_numpy(source.standard_exponential(size, np.float32))
+    return source.draw(size, lambda stream, out: stream.standard_exponential(dtype=np.float32, out=out))
 
 
 def _unit_uniform(size: tuple[int, ...], source: Source) -> Tensor:
     if isinstance(source, torch.Generator):
         return torch.rand(size, generator=source, device=source.device, dtype=torch.float32)
-    return torch.from_numpy(source.random(size, np.float32))
+    return source.draw(size, lambda stream, out: stream.random(dtype=np.float32, out=out))
 
 
 def _pixels(x: Tensor) -> Tensor:

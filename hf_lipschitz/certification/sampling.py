@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,16 +88,9 @@ class NoisyInputs:
         return [tuple(x.shape) for x in self.xs]
 
     def batches(self, stage: Stage, parts: Sequence[tuple[Item, ...]]) -> Iterator[Batch]:
-        """Each part as a batch; the next one is drawn while the caller works on the one before."""
-        if not parts:
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="noise") as drawing:
-            upcoming = drawing.submit(self._batch, stage, parts[0])
-            for part in (*parts[1:], None):
-                ready = upcoming.result()
-                if part is not None:
-                    upcoming = drawing.submit(self._batch, stage, part)
-                yield ready
+        """Each part as a batch."""
+        for part in parts:
+            yield self._batch(stage, part)
 
     def _batch(self, stage: Stage, part: tuple[Item, ...]) -> Batch:
         blocks = [self._noisy(stage, item) for item in part]

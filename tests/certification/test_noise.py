@@ -71,7 +71,7 @@ def test_the_key_decides_the_noise() -> None:
     keys += [{"seed": 1, "index": 23}, {"seed": 12, "index": 3}, {"index": 1}, {"block": 1}, {"index": 2**32}]
     keys += [{"stage": Stage.ESTIMATION}, {"stage": Stage.PREDICTION}]
     for first, second in combinations([draw(**key) for key in keys], 2):
-        assert not torch.isin(first, second).any()
+        assert not (first[:, None] == second).all(dim=-1).any()
 
 
 def test_no_two_of_many_blocks_share_a_sample() -> None:
@@ -81,8 +81,8 @@ def test_no_two_of_many_blocks_share_a_sample() -> None:
 
 def test_the_gaussian_stream_of_a_key_stays_what_it_was() -> None:
     noise = draw((3,), sigma=0.25, seed=7, index=11, stage=Stage.ESTIMATION, block=2)
-    first = ["0x1.e2fc480000000p-2", "0x1.63f2f20000000p-4", "-0x1.6d4cb40000000p-6"]
-    fiftieth = ["0x1.4b72720000000p-3", "-0x1.97b2cc0000000p-2", "0x1.3648da0000000p-4"]
+    first = ["-0x1.da82e80000000p-3", "0x1.e68e1a0000000p-4", "-0x1.0484bc0000000p-2"]
+    fiftieth = ["-0x1.7748d60000000p-4", "-0x1.9f98d40000000p-5", "0x1.27c6ee0000000p-2"]
     assert [float(value).hex() for value in noise[0]] == first
     assert [float(value).hex() for value in noise[49]] == fiftieth
 
