@@ -176,8 +176,13 @@ def certify(
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
-    """Certifies the held-out split of a data set and prints the certified accuracy."""
+    """Certifies the held-out split of a data set and prints the certified accuracy.
+
+    Under `torchrun --no-python -- hf-lipschitz certify ...` the work is shared by all processes.
+    """
     with _one_line_errors():
+        import torch
+        from accelerate import Accelerator
         from transformers import pipeline
 
         from hf_lipschitz import SmoothingConfig
@@ -197,12 +202,17 @@ def certify(
             seed=seed,
         )
         data = load(dataset)
-        certifier = pipeline("certified-classification", model=model, smoothing=config, device=device)
+        where, is_main = {"device": device}, True
+        if torch.distributed.is_torchelastic_launched():
+            accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
+            where, is_main = {"accelerator": accelerator}, accelerator.is_main_process
+        certifier = pipeline("certified-classification", model=model, smoothing=config, **where)
         held_out = data.test if limit is None else data.test.select(range(min(limit, len(data.test))))
         labels = [int(label) for label in held_out["labels"]]
         certificates = certify_dataset(certifier, list(held_out["input"]), labels, output, details={"data": data.name})
-        console.print(summarize(certificates, labels))
-        console.print(f"written to {output}")
+        if is_main:
+            console.print(summarize(certificates, labels))
+            console.print(f"written to {output}")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -101,6 +102,29 @@ def test_kinds_of_inputs_agree(tmp_path: Path) -> None:
     lazy = pipe(im for im in [picture, image(1)])
     assert next(lazy) == expected
     assert next(lazy) == pipe(image(1), index=1)
+
+
+@pytest.mark.parametrize("scale", [1 / 255, 2.0, -1.0])
+def test_images_outside_their_range_are_refused(scale: float) -> None:
+    pipe, floating = certifier(resnet().eval(), image_processor=processor()), image().astype(np.float32)
+    assert pipe.base_classifier.encode(floating).shape == (3, 16, 16)
+    with pytest.raises(ValueError, match=r"pass values in 0 \.\. 255|outside the range \[0, 255\]"):
+        pipe(scale * floating)
+    black = np.zeros((16, 16, 3), np.float32)
+    assert float(pipe.base_classifier.encode(black).abs().max()) == 0
+
+
+def test_compiled_and_channels_last_models_get_the_same_certificates() -> None:
+    model = resnet().eval()
+    plain = certifier(model, image_processor=processor(), n=1000)([image(0), image(1)])
+    compiled, last = copy.deepcopy(model), copy.deepcopy(model).to(memory_format=torch.channels_last)
+    compiled.compile(backend="aot_eager")
+    for model in (compiled, last):
+        found = certifier(model, image_processor=processor(), n=1000)([image(0), image(1)])
+        for ours, theirs in zip(found, plain, strict=True):
+            assert (ours.prediction, ours.n) == (theirs.prediction, theirs.n)
+            # Another order of sums may turn a vote at a tie.
+            assert ours.p_lower == pytest.approx(theirs.p_lower, abs=5e-3)
 
 
 def test_grey_images_for_a_model_of_one_channel() -> None:

@@ -15,6 +15,8 @@ from hf_lipschitz.integrations.preprocessing import normalisation
 
 PIXEL_UNIT = "pixels in [0, 1]"
 EMBEDDING_UNIT = "input embeddings"
+# Resampling of floating-point images goes beyond their values by as much.
+OVERSHOOT = 0.25
 
 
 class PixelClassifier(nn.Module):
@@ -46,8 +48,14 @@ class PixelClassifier(nn.Module):
         self.to(model.device)
 
     def encode(self, image: Any) -> Tensor:
-        """One image, as the processor takes it, to a tensor of shape (channels, height, width) in [0, 1]."""
-        return self._process(image, do_normalize=False)
+        """One image, as the processor takes it, to a tensor of shape (channels, height, width) in [0, 1].
+
+        Raises:
+            ValueError: its values are not in 0 .. 255, which the processor divides by 255.
+        """
+        pixels = self._process(image, do_normalize=False)
+        _check_range(image, pixels)
+        return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, channels, height, width) in [0, 1], noise included, to logits (B, num_labels)."""
@@ -57,6 +65,21 @@ class PixelClassifier(nn.Module):
     def _process(self, image: Any, **options: Any) -> Tensor:
         image = _with_channels(image, self.num_channels)
         return self.image_processor(image, return_tensors="pt", **options)["pixel_values"][0].float()
+
+
+def _check_range(image: Any, pixels: Tensor) -> None:
+    least, largest = float(pixels.min()), float(pixels.max())
+    if least < -OVERSHOOT or largest > 1 + OVERSHOOT:
+        raise ValueError(
+            f"The image has pixels from {least:.3g} to {largest:.3g} after the processor's division by 255, outside "
+            "[0, 1]; pass values in 0 .. 255, or a PIL image."
+        )
+    is_floating = isinstance(image, (np.ndarray, Tensor)) and "float" in str(image.dtype)
+    if is_floating and 0 < largest <= (1 + OVERSHOOT) / 255:
+        raise ValueError(
+            "The image seems to be in [0, 1] already, and the processor divides by 255 once more; pass values in "
+            "0 .. 255, or a PIL image."
+        )
 
 
 class EmbeddingClassifier(nn.Module):

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def launch(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def launch(
+    processes: int, *arguments: object, program: Sequence[str] = ("-m", "tests.distributed.certify")
+) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     return subprocess.run(
-        [sys.executable, *command, "-m", "tests.distributed.certify", *map(str, arguments)],
+        [sys.executable, *command, *program, *map(str, arguments)],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -44,6 +47,16 @@ def test_many_processes_return_and_write_what_one_does(tmp_path: Path, many: int
     for rank in range(many):
         assert json.loads((tmp_path / str(many) / f"{many}-{rank}.json").read_text()) == expected
     assert (tmp_path / "1" / "results.jsonl").read_bytes() == (tmp_path / str(many) / "results.jsonl").read_bytes()
+
+
+def test_the_command_line_shares_its_work(tmp_path: Path, text_model: Path, text_data: Path) -> None:
+    program = ("--no_python", "--", str(Path(sys.executable).with_name("hf-lipschitz")))
+    asked = ("certify", text_model, text_data, "--sigma", 0.1, "--n", 1000, "--limit", 3, "--output")
+    done = {many: launch(many, *asked, tmp_path / f"{many}.jsonl", program=program) for many in (1, 2)}
+    for many, run in done.items():
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count(f"{many}.jsonl") == 1
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
 
 
 def test_a_failure_in_one_process_stops_all_of_them(tmp_path: Path) -> None:
