@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hf_lipschitz.certification.noise import NOISE_BLOCK
 
 
-FIRST_LOOKS = (100, 200, 400, 800, 1600, 3000, 6000, 10_000, 20_000, 40_000, 100_000)
+FIRST_LOOKS = (100, 200, 400, 800, 1600, 3000, 6000, 10_000, 20_000, 30_000, 40_000, 60_000, 80_000, 100_000)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ OPEN = 0
 STOP_REASONS = ("open", "fixed_n", "radius reached", "next radius out of reach", "gain out of reach", "n reached")
 FIXED_N, REACHED, UNREACHABLE, SMALL_GAIN, N_REACHED = range(1, 6)
 # Standard deviations by which the counts to come may be better than those so far.
-LUCK = 3.0
+LUCK = 2.5
 
 
 def stop_codes(radius: Floats, hoped_for: Floats, look: Look, looks: tuple[Look, ...], setting: Setting) -> Integers:

@@ -89,6 +89,7 @@ class Arguments:
     sigma: float | None = field(default=None, metadata={"help": "default: 0.5, for tweets 0.1"})
     alpha: float | None = field(default=None, metadata={"help": "default: 0.001, for control 0.05"})
     n0: int = field(default=100)
+    fixed: bool = field(default=True, metadata={"help": "of mnist and tweets: rows with fixed n, and their speeds"})
     fixed_n: int | None = field(default=None, metadata={"help": f"samples, at most or fixed; default: {FIXED_N}"})
     radii: list[float] | None = field(default=None, metadata={"help": "of the curve; default: the demo's"})
     radius: float | None = field(default=None, metadata={"help": "of the row at one radius; default: radii[1]"})
@@ -318,13 +319,14 @@ def compare(args: Arguments, console: Console) -> dict[str, Any]:
         xs = [base.encode(item).to(args.device) for item in chosen["input"]]
         labels = [int(label) for label in chosen["labels"]]
         task = Task(args.smoothing(base, model.config.num_labels), xs, labels, radii)
-        rows, speeds = fixed_rows(task, args, console)
+        rows, speeds = fixed_rows(task, args, console) if args.fixed else ([], [])
         for name in args.sequential:
             fields = args.scores("softmax") if name == "lvm" else {"certificate": name}
             rows.append(sequential_row(f"{name}, until {radius:g} is decided", task, args, [radius], **fields))
             rows.append(sequential_row(f"{name}, until the curve is decided", task, args, radii, **fields))
     console.print(table_of_rows(rows, task, args, base.unit))
-    console.print(table_of_speeds({"the first input": speeds}))
+    if speeds:
+        console.print(table_of_speeds({"the first input": speeds}))
     return {
         "radii": radii,
         "unit": base.unit,
