@@ -14,13 +14,18 @@ from transformers.trainer_callback import ExportableState
 
 from hf_lipschitz.methods import lipschitz_share
 from hf_lipschitz.model_config import config_of, set_config
-from hf_lipschitz.nn.attachment import ConstrainedLayer, constrained_layers
+from hf_lipschitz.nn.attachment import ConstrainedLayer
+from hf_lipschitz.training.unit_rows import layers_with_norms
 
 
 logger = logging.getLogger(__name__)
 
 # From the share of the schedule's steps that is done, in [0, 1), to the share of the way.
-SCHEDULES: dict[str, Callable[[float], float]] = {"linear": lambda share: share}
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: share,
+    # Slow at both ends, as the learning rate of Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, without restarts.
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+}
 
 
 def schedule_target(model: nn.Module, lipschitz_target: float | None) -> float:
@@ -29,7 +34,7 @@ def schedule_target(model: nn.Module, lipschitz_target: float | None) -> float:
     Raises:
         ValueError: neither says, or no layer is constrained.
     """
-    if next(constrained_layers(model), None) is None:
+    if next(layers_with_norms(model), None) is None:
         raise ValueError(
             "lipschitz_schedule needs constrained layers: call lipschitzify(model, layer_lipschitz=None) before the "
             "trainer is made, or set lipschitz_schedule='none'"
@@ -44,8 +49,9 @@ def schedule_target(model: nn.Module, lipschitz_target: float | None) -> float:
 
 class LipschitzScheduleCallback(TrainerCallback, ExportableState):
     r"""
-    Sets the constant of each layer to \\(c_0 + (c - c_0)\,s(t/(rT))\\) after t of T optimizer steps, and to the target
-    c itself from step rT on, times the layer's share of the budget where a residual branch ends in it.
+    Sets the constant of each layer to \\(c_0 + (c - c_0)\,s(t/(rT))\\) after t of T optimizer steps, with s(x) = x
+    (linear) or (1 - cos πx)/2 (cosine), and to the target c itself from step rT on, times the layer's share of the
+    budget where a residual branch ends in it. A head of rows of norm one ([`UnitRows`]) stays as it is.
 
     c₀ is the bound of the norm of the layer's raw weight, so that training starts from the function of that weight. In
     cap mode it is at least c: a layer under the target stays as it is. The starts are part of the trainer's state, so
@@ -96,7 +102,7 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        layers = list(constrained_layers(model))
+        layers = list(layers_with_norms(model))
         constants = {layer.parametrization.lipschitz.item() / lipschitz_share(layer.module) for layer in layers}
         is_at_target = all(math.isclose(constant, self.target, rel_tol=1e-12) for constant in constants)
         _describe(model, self.target if is_at_target else None)
@@ -110,7 +116,7 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
             )
 
     def _start(self, model: nn.Module) -> None:
-        layers = list(constrained_layers(model))
+        layers = list(layers_with_norms(model))
         self.starts = {_key(layer): _start_of(layer, self.target * lipschitz_share(layer.module)) for layer in layers}
         moved = [layer.name for layer in layers if layer.parametrization.scale() != 1]
         if moved:
@@ -132,7 +138,7 @@ class LipschitzScheduleCallback(TrainerCallback, ExportableState):
         self.starts = dict(saved)
 
     def _set_constants(self, model: nn.Module, state: TrainerState) -> None:
-        for layer in constrained_layers(model):
+        for layer in layers_with_norms(model):
             target = self.target * lipschitz_share(layer.module)
             constant = self.constant(self.starts[_key(layer)], target, state.global_step, state.max_steps)
             layer.parametrization.set_constant(constant)

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import TrainerCallback
 from hf_lipschitz import LipschitzConfig, lipschitzify
 from hf_lipschitz.nn.attachment import constrained_layers
 from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
-from hf_lipschitz.training.schedule import LipschitzScheduleCallback
+from hf_lipschitz.training.schedule import SCHEDULES, LipschitzScheduleCallback
 
 
 class Recorder(TrainerCallback):
@@ -90,6 +91,32 @@ def test_norms_stay_under_the_constants_at_every_step(build, mode, tmp_path):
         assert min(recorder.norms[40].values()) >= 0.75 * (1 - 2e-3)
     assert recorder.configured == [None] * 20 + [0.75] * 21
     assert model.config.quantization_config.mode == mode
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_go_all_the_way_and_never_back(name):
+    shares = [SCHEDULES[name](step / 100) for step in range(101)]
+    assert shares[0] == 0
+    assert shares[50] == pytest.approx(0.5, rel=1e-12)
+    assert shares[100] == pytest.approx(1, rel=1e-12)
+    assert all(before < after for before, after in zip(shares, shares[1:], strict=False))
+
+
+def test_cosine_schedule_is_slow_at_both_ends(tmp_path):
+    model = lipschitzify(bert(initializer_range=0.6), layer_lipschitz=None)
+    recorder = Recorder()
+    values = {"lipschitz_schedule": "cosine", "lipschitz_target": 0.5, "max_steps": 12}
+    trainer_for(model, tmp_path, callbacks=[recorder], lipschitz_schedule_ratio=0.75, **values).train()
+    for step, constants in enumerate(recorder.constants):
+        for name, constant in constants.items():
+            start = recorder.constants[0][name]
+            way = (1 - math.cos(math.pi * min(step / 9, 1))) / 2
+            assert constant == pytest.approx(start + way * (0.5 - start), rel=1e-12)
+            assert recorder.norms[step][name] <= constant * (1 + 1e-6)
+    assert set(recorder.constants[9].values()) == {0.5}
+    callback = LipschitzScheduleCallback(1.0, 1.0, "cosine")
+    assert callback.constant(3.0, 1.0, 1, 10) == pytest.approx(3 - 2 * math.sin(math.pi / 20) ** 2, rel=1e-12)
+    assert callback.constant(3.0, 1.0, 5, 10) == pytest.approx(2.0, rel=1e-12)
 
 
 def layers_of(model):
