@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from hf_lipschitz.cli import app
 
 
 ROOT = Path(__file__).parents[2]
@@ -52,10 +55,11 @@ def test_many_processes_return_and_write_what_one_does(tmp_path: Path, many: int
 def test_the_command_line_shares_its_work(tmp_path: Path, text_model: Path, text_data: Path) -> None:
     program = ("--no_python", "--", str(Path(sys.executable).with_name("hf-lipschitz")))
     asked = ("certify", text_model, text_data, "--sigma", 0.1, "--n", 1000, "--limit", 3, "--output")
-    done = {many: launch(many, *asked, tmp_path / f"{many}.jsonl", program=program) for many in (1, 2)}
-    for many, run in done.items():
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count(f"{many}.jsonl") == 1
+    alone = CliRunner().invoke(app, [str(argument) for argument in (*asked, tmp_path / "1.jsonl")])
+    assert alone.exit_code == 0, alone.output
+    together = launch(2, *asked, tmp_path / "2.jsonl", program=program)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("written to") == 1
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
 
 

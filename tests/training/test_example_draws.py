@@ -105,6 +105,7 @@ def two_processes(tmp_path_factory):
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_have_the_noise_of_one(way, accumulation, two_processes):

@@ -56,7 +56,7 @@ def test_dictionary_round_trip(tmp_path):
     ({"curvature": "cure"}, "unknown curvature 'cure'; known: hutchinson"),
     ({"curvature_every": 0}, "curvature_every must be at least 1"),
     ({"curvature_modules": []}, "curvature_modules is empty"),
-    ({"lipschitz_schedule": "cosine"}, "unknown lipschitz_schedule 'cosine'; known: none, linear"),
+    ({"lipschitz_schedule": "cubic"}, "unknown lipschitz_schedule 'cubic'; known: none, linear, cosine"),
     ({"lipschitz_schedule_ratio": 0.0}, "lipschitz_schedule_ratio must be in"),
     ({"lipschitz_schedule_ratio": 1.1}, "lipschitz_schedule_ratio must be in"),
     ({"lipschitz_schedule_ratio": math.nan}, "lipschitz_schedule_ratio must be in"),
