@@ -264,3 +264,14 @@ def test_what_other_parametrizations_share_with_us_is_checked_by_tensor() -> Non
     expected = attention(query, key, value)[0]
     plain = merge(model)[0]
     assert torch.equal(plain(query, key, value)[0], expected)
+
+
+def test_a_trained_weight_norm_keeps_its_magnitude() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 4))
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(torch.tensor([[0.5], [1.0], [2.0], [3.0]]))
+        layer.parametrizations.weight.original1.mul_(0.7)
+    model, x = torch.nn.Sequential(layer), torch.randn(3, 5)
+    before = model(x).detach()
+    lipschitzify(model, layer_lipschitz=None)
+    torch.testing.assert_close(model(x).detach(), before, rtol=1e-4, atol=1e-6)

@@ -78,7 +78,11 @@ def attach(module: nn.Module, tensor_name: str, constraint: Constraint, constant
         raise ValueError(f"layer {constraint.name} is parametrized already: remove its parametrizations first")
     check_named_weight(constraint.name, module.get_parameter(tensor_name))
     if stage is not None:
+        # Registering takes the direction for a weight and sets the magnitude to its norm.
+        magnitude = stage.magnitude.detach().clone()
         parametrize.register_parametrization(module, tensor_name, stage, unsafe=True)
+        with torch.no_grad():
+            stage.magnitude.copy_(magnitude)
     parametrize.register_parametrization(module, tensor_name, constraint, unsafe=True)
     constraint.bind(module.parametrizations[tensor_name], constant)
     if not hasattr(module, "_lipschitz_state_dict_hooks"):
