@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_lipschitz.training.curvature import CURVATURES
+from hf_lipschitz.training.curvature import CURVATURES, curvature_radius
 from hf_lipschitz.training.schedule import SCHEDULES
 
 
@@ -25,13 +25,21 @@ class LipschitzTrainingArguments(TrainingArguments):
         curvature_weight (`float`, *optional*, defaults to 0.0):
             Weight of the curvature penalty.
         curvature (`str`, *optional*, defaults to `"hutchinson"`):
-            Which penalty: `"hutchinson"` is ‖Hv‖² for a Rademacher vector v, an unbiased estimate of ‖H‖_F², with H
-            the Hessian of the mean task loss of a micro-batch.
+            Which penalty. With H the Hessian of the mean task loss of a micro-batch and v a Rademacher vector,
+            `"hutchinson"` is ‖Hv‖², an unbiased estimate of ‖H‖_F², and `"trace"` is vᵀHv, one of tr H, which may be
+            negative. `"gauss_newton"` is one of the trace of the Gauss-Newton matrix of the cross-entropy, never
+            negative. `"cure"` is the mean square of the change of the gradient with respect to the inputs, a distance
+            away and divided by it. `"sam"` is the loss a distance uphill in the weights, less the loss: with weight 1
+            the gradient is that of SAM.
+        curvature_radius (`float`, *optional*):
+            That distance: 1.5 by default for `"cure"`, in pixels of [0, 1] before normalisation (or pixel values,
+            without a `processing_class`) or word embeddings, and 0.05 for `"sam"`.
         curvature_every (`int`, *optional*, defaults to 1):
             The penalty is added at every that many optimizer steps, with the same weight.
         curvature_modules (`list[str]`, *optional*):
-            Names, or endings of names, of the modules whose Linear and convolution weights H is taken over. By default
-            the last block and the classifier's last layer.
+            Names, or endings of names, of the modules whose Linear and convolution weights H is taken over, or
+            `["all"]` for every trained weight. By default the last block and the classifier's last layer. `"cure"` is
+            not about weights.
         noise_sigma (`float`, *optional*, defaults to 0.0):
             Standard deviation of Gaussian noise on the inputs while training, in the unit of certification: pixels in
             [0, 1] before normalisation, or word embeddings as they leave the embedding layer.
@@ -55,6 +63,9 @@ class LipschitzTrainingArguments(TrainingArguments):
     )
     curvature_weight: float = field(default=0.0, metadata={"help": "Weight of the curvature penalty."})
     curvature: str = field(default="hutchinson", metadata={"help": "Curvature penalty.", "choices": list(CURVATURES)})
+    curvature_radius: float | None = field(
+        default=None, metadata={"help": "Step of cure in the inputs, or of sam in the weights; default: of the kind."}
+    )
     curvature_every: int = field(
         default=1, metadata={"help": "Optimizer steps from one curvature penalty to the next."}
     )
@@ -87,8 +98,7 @@ class LipschitzTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}; 0 turns it off")
-        if self.curvature not in CURVATURES:
-            raise ValueError(f"unknown curvature {self.curvature!r}; known: {', '.join(CURVATURES)}")
+        curvature_radius(self.curvature, self.curvature_radius)
         if self.curvature_every < 1:
             raise ValueError(
                 f"curvature_every must be at least 1, got {self.curvature_every}; curvature_weight=0 turns it off"

@@ -11,10 +11,6 @@ from hf_lipschitz.holders import CONVOLUTIONS, DENSE
 from hf_lipschitz.training.head import find_head
 
 
-# Kernels without a second derivative.
-ONCE_DIFFERENTIABLE = ("flash", "flex")
-
-
 def curvature_layers(
     model: nn.Module, names: Sequence[str] | None = None, head_module: str | None = None
 ) -> dict[str, nn.Module]:
@@ -34,14 +30,8 @@ def curvature_layers(
         `dict[str, torch.nn.Module]`: by dotted name.
 
     Raises:
-        ValueError: a name matches nothing, nothing there is trained, or the attention cannot be differentiated twice.
+        ValueError: a name matches nothing, or nothing there is trained.
     """
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
-    if any(kernel in attention for kernel in ONCE_DIFFERENTIABLE):
-        raise ValueError(
-            f"the curvature penalty needs attention that is differentiable twice, and {attention!r} is not: load the "
-            "model with attn_implementation='sdpa'"
-        )
     if names is None:
         roots = _last_block_and_head(model, head_module)
     else:

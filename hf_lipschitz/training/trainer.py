@@ -16,8 +16,8 @@ from hf_lipschitz.conversion import materialized
 from hf_lipschitz.nn.attachment import constrained_layers
 from hf_lipschitz.training.activation_decay import HeadCall, activation_decay, captured, example_activations
 from hf_lipschitz.training.arguments import LipschitzTrainingArguments
-from hf_lipschitz.training.augmentation import check_noise, gaussian_noise
-from hf_lipschitz.training.curvature import curvature_penalty
+from hf_lipschitz.training.augmentation import PIXELS, check_noise, gaussian_noise, pixel_scale
+from hf_lipschitz.training.curvature import CURVATURES, check_curvature, task_curvature
 from hf_lipschitz.training.head import find_head
 from hf_lipschitz.training.metrics import RunningMeans, finite_values, layer_metrics
 from hf_lipschitz.training.randomness import Draws
@@ -28,18 +28,18 @@ from hf_lipschitz.training.selection import curvature_layers
 class LipschitzTrainer(Trainer):
     r"""
     [`~transformers.Trainer`] for any model, constrained by [`lipschitzify`] or plain. While training, the loss is the
-    task loss plus λ·mean‖h‖² (`activation_decay`) plus `curvature_weight`·‖Hv‖², on noisy inputs if `noise_sigma` is
-    set. Evaluation and prediction run on the clean task alone, with plain effective weights: no norm is computed
-    there.
+    task loss plus λ·mean‖h‖² (`activation_decay`) plus `curvature_weight` times a curvature, on noisy inputs if
+    `noise_sigma` is set. Evaluation and prediction run on the clean task alone, with plain effective weights: no norm
+    is computed there.
 
     It logs next to `loss`, whatever of it is on: `task_loss`, `activation_decay` and `curvature`, as they enter the
     loss, weights included, averaged since the last log over the micro-batches that had them; `max_layer_norm`, a
     **bound** of the largest spectral norm of a constrained layer, and `lipschitz_constant`, the largest constant, at
     that moment.
 
-    Every term but the curvature is a mean over examples: gradient accumulation and data parallelism give the gradient
-    of one large batch. ‖Hv‖² is defined for each micro-batch. The raw weights of constrained layers get no weight
-    decay; their scale is not a property of the function.
+    Every term but the curvatures `"hutchinson"` and `"sam"` is a mean over examples: gradient accumulation and data
+    parallelism give the gradient of one large batch. Those two are defined for each micro-batch. The raw weights of
+    constrained layers get no weight decay; their scale is not a property of the function.
 
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`, *optional*), data_collator, train_dataset, ...:
@@ -106,12 +106,16 @@ class LipschitzTrainer(Trainer):
             if self.args.activation_decay > 0:
                 penalties["activation_decay"] = self._activation_decay(calls, outputs)
             if self._has_curvature():
-                penalties["curvature"] = self.args.curvature_weight * curvature_penalty(
+                penalties["curvature"] = self.args.curvature_weight * task_curvature(
                     core,
-                    list(self._curvature_layers(core).values()),
-                    lambda: task_loss(core, dict(inputs)),
+                    self._curvature_layers(core),
+                    lambda batch: task_loss(core, dict(batch), return_outputs=True),
+                    inputs,
                     self._draws.generator("curvature", loss.device),
                     self.args.curvature,
+                    self.args.curvature_radius,
+                    self._curvature_unit(core),
+                    self.args.head_module,
                 )
         if penalties:
             self._means.add(finite_values(penalties, self.state.global_step))
@@ -166,8 +170,15 @@ class LipschitzTrainer(Trainer):
     def _has_curvature(self) -> bool:
         return self.args.curvature_weight > 0 and self.state.global_step % self.args.curvature_every == 0
 
-    def _curvature_layers(self, core: nn.Module) -> dict[str, nn.Module]:
-        return curvature_layers(core, self.args.curvature_modules, self.args.head_module)
+    def _curvature_layers(self, core: nn.Module) -> list[nn.Module] | None:
+        if self.args.curvature_modules == ["all"] or not CURVATURES[self.args.curvature].is_of_weights:
+            return None
+        return list(curvature_layers(core, self.args.curvature_modules, self.args.head_module).values())
+
+    def _curvature_unit(self, core: nn.Module) -> Tensor | float:
+        """How far pixel values move when the unit of the radius moves by one: pixels in [0, 1] if that is known."""
+        is_of_pixels = not CURVATURES[self.args.curvature].is_of_weights and core.main_input_name == PIXELS
+        return pixel_scale(self.processing_class) if is_of_pixels and self.processing_class is not None else 1.0
 
     def _evaluation_dtype(self) -> torch.dtype | None:
         if self.args.fp16_full_eval:
@@ -189,7 +200,9 @@ class LipschitzTrainer(Trainer):
         if self.args.activation_decay > 0:
             find_head(core, self.args.head_module)
         if self.args.curvature_weight > 0:
+            check_curvature(core, self.args.curvature)
             self._curvature_layers(core)
+            self._curvature_unit(core)
         if self.args.noise_sigma > 0:
             check_noise(core, self.processing_class)
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from curvature_cases import run
 from peft import LoraConfig, get_peft_model
 from tiny_models import Examples, bert, gpt2, resnet, vit
 from torch.nn.functional import cross_entropy
@@ -9,9 +10,10 @@ from hf_lipschitz import lipschitzify, merge
 from hf_lipschitz.nn import references
 from hf_lipschitz.nn.attachment import constrained_layers
 from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
-from hf_lipschitz.training.curvature import curvature_penalty
+from hf_lipschitz.training.augmentation import pixel_scale
+from hf_lipschitz.training.curvature import CURVATURES
 from hf_lipschitz.training.metrics import RunningMeans, finite_values
-from hf_lipschitz.training.selection import curvature_layers
+from hf_lipschitz.training.randomness import Draws
 
 
 BUILDERS = [bert, gpt2, vit, resnet]
@@ -94,23 +96,47 @@ def test_activation_decay_adds_its_weight_times_the_mean_square(tmp_path):
     torch.testing.assert_close(decayed - plain, 0.25 * (h * h).sum() / 8, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("build", BUILDERS)
-def test_training_on_the_curvature_penalty_lowers_the_curvature(build, tmp_path):
+@pytest.mark.parametrize(
+    ("build", "curvature"),
+    [*((build, "hutchinson") for build in BUILDERS), *((vit, curvature) for curvature in list(CURVATURES)[1:])],
+)
+def test_training_on_the_curvature_penalty_lowers_the_curvature(build, curvature, tmp_path):
     def curvature_after(weight):
         model = build() if build is resnet else build(initializer_range=0.3)
         lipschitzify(model, layer_lipschitz=2.0)
-        values = {"curvature_weight": weight, "optim": "adamw_torch", "learning_rate": 5e-3, "max_steps": 20}
-        trainer_for(model, tmp_path, **values).train()
+        values = {"curvature": curvature, "optim": "adamw_torch", "learning_rate": 5e-3, "max_steps": 20}
+        trainer_for(model, tmp_path, curvature_weight=weight, **values).train()
         batch = Examples(model).batch()
-        layers = list(curvature_layers(model).values())
-        generator = torch.Generator().manual_seed(0)
-        probes = [
-            curvature_penalty(model, layers, lambda: model(**batch).loss, generator, "hutchinson").item()
-            for _ in range(30)
-        ]
-        return sum(probes) / 30
+        return sum(run(model, batch, curvature, seed=seed).item() for seed in range(100)) / 100
 
     assert curvature_after(10.0) < 0.9 * curvature_after(0.0)
+
+
+def test_curvature_of_the_trainer_is_that_of_its_batch_and_arguments(tmp_path):
+    for curvature in CURVATURES:
+        radius = 0.2 if CURVATURES[curvature].radius else None
+        model = vit(initializer_range=0.3)
+        processor = ViTImageProcessor(image_std=[0.5, 0.2, 0.1])
+        values = {"curvature": curvature, "curvature_radius": radius, "processing_class": processor}
+        trainer = trainer_for(model, tmp_path, curvature_weight=2.0, curvature_modules=["all"], **values)
+        batch = trainer.train_dataset.batch()
+        penalty = training_loss(trainer).item() - model(**batch).loss.item()
+        trainer._draws = Draws(trainer.args.seed, 0)
+        trainer._draws.advance(0)
+        seed = trainer._draws.generator("curvature", torch.device("cpu")).initial_seed()
+        unit = {"input_scale": pixel_scale(processor), "radius": radius}
+        assert penalty == pytest.approx(2 * run(model, batch, curvature, seed, None, **unit).item(), rel=1e-4)
+
+
+def test_smoothed_labels_keep_the_gauss_newton_matrix(tmp_path):
+    logged = []
+    for smoothing in (0.0, 0.1):
+        values = {"curvature": "gauss_newton", "curvature_weight": 1.0, "label_smoothing_factor": smoothing}
+        trainer = trainer_for(bert(initializer_range=0.3), tmp_path, **values)
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["curvature"])
+    assert logged[0] > 0
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
 
 
 def test_curvature_comes_every_so_many_optimizer_steps(tmp_path):
@@ -247,6 +273,11 @@ def test_what_the_model_lacks_is_an_error_before_training(tmp_path):
         trainer_for(bert(), tmp_path, curvature_weight=1.0, curvature_modules=["nowhere"])
     with pytest.raises(ValueError, match="processing_class=image_processor"):
         trainer_for(vit(), tmp_path, noise_sigma=1.0)
+    flash = bert()
+    flash.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        trainer_for(flash, tmp_path, curvature_weight=1.0)
+    trainer_for(flash, tmp_path, curvature_weight=1.0, curvature="sam")
 
 
 def test_launches_that_are_not_covered_are_errors(tmp_path):
