@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -20,6 +21,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 # Of transformers: their own forward uses the weight as it is stored, on inputs with zeros around them or in parts.
 _KNOWN_FORWARDS = ("FalconLinear", "IdeficsDecoupledLinear", "DeepseekV4GroupedLinear", "Conv2dSamePadding")
 _QUERIES_KEYS_VALUES = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def own_parametrizations(module: nn.Module) -> Mapping[str, parametrize.ParametrizationList]:
+    """By tensor. Not by torch's `is_parametrized`, which wrappers of PEFT answer for the module that they wrap."""
+    return module._modules.get("parametrizations", {})
 
 
 def weight_layouts(module: nn.Module) -> dict[str, WeightLayout]:
@@ -105,10 +111,9 @@ def _is_linear_by_hand(module: nn.Module) -> bool:
 def _own_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of the module itself, those under a parametrization with their raw tensor."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
-    if parametrize.is_parametrized(module):
-        for name, chain in module.parametrizations.items():
-            # Weight norm keeps the tensor as (magnitude, direction).
-            own[name] = chain.original if chain.is_tensor else chain.original1
+    for name, chain in own_parametrizations(module).items():
+        # Weight norm keeps the tensor as (magnitude, direction).
+        own[name] = chain.original if chain.is_tensor else chain.original1
     return own
 
 

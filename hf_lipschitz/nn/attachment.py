@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_lipschitz.functional.checks import check_named_weight
+from hf_lipschitz.holders import own_parametrizations
 from hf_lipschitz.nn.blocks import TiedParametrization
 from hf_lipschitz.nn.constraint import Constraint
 from hf_lipschitz.nn.weight_norm import (
@@ -139,14 +140,12 @@ def swap_out(module: nn.Module) -> SwappedOut:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    chains = module.parametrizations.values() if parametrize.is_parametrized(module) else ()
+    chains = own_parametrizations(module).values()
     return any(isinstance(chain[-1], (Constraint, TiedParametrization)) for chain in chains)
 
 
 def _layers_of(module: nn.Module, name: str) -> Iterator[ConstrainedLayer]:
-    if not parametrize.is_parametrized(module):
-        return
-    for tensor_name, chain in module.parametrizations.items():
+    for tensor_name, chain in own_parametrizations(module).items():
         if isinstance(chain[-1], Constraint):
             yield ConstrainedLayer(name, module, tensor_name, chain[-1])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_lipschitz.training.activation_decay import ACTIVATION_DECAYS
 from hf_lipschitz.training.curvature import CURVATURES, curvature_radius
 from hf_lipschitz.training.schedule import SCHEDULES
 
@@ -22,6 +23,10 @@ class LipschitzTrainingArguments(TrainingArguments):
             last layer. With Gaussian noise \\(N(0, \varsigma^2)\\) on the weights of that layer, \\(CE \le E[CE] \le
             CE + \frac{\varsigma^2}{2}(1 - \frac1K)\|h\|^2\\) for K classes: λ = ς²/2 trains an upper bound of the
             smoothed loss.
+        activation_decay_kind (`str`, *optional*, defaults to `"squared_norm"`):
+            `"squared_norm"` is the penalty above, over the examples, or over the tokens whose label is not -100.
+            `"hessian_trace"` weights ‖h‖² by 1 - ‖p‖², p the softmax of the logits, held fixed: the trace of the
+            Hessian of CE in the weights of the last layer, an estimate to second order and not a bound.
         curvature_weight (`float`, *optional*, defaults to 0.0):
             Weight of the curvature penalty.
         curvature (`str`, *optional*, defaults to `"hutchinson"`):
@@ -61,6 +66,10 @@ class LipschitzTrainingArguments(TrainingArguments):
     activation_decay: float = field(
         default=0.0, metadata={"help": "Weight of the mean square norm of the activations entering the last layer."}
     )
+    activation_decay_kind: str = field(
+        default="squared_norm",
+        metadata={"help": "What activation_decay weighs.", "choices": list(ACTIVATION_DECAYS)},
+    )
     curvature_weight: float = field(default=0.0, metadata={"help": "Weight of the curvature penalty."})
     curvature: str = field(default="hutchinson", metadata={"help": "Curvature penalty.", "choices": list(CURVATURES)})
     curvature_radius: float | None = field(
@@ -98,6 +107,10 @@ class LipschitzTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}; 0 turns it off")
+        if self.activation_decay_kind not in ACTIVATION_DECAYS:
+            raise ValueError(
+                f"unknown activation_decay_kind {self.activation_decay_kind!r}; known: {', '.join(ACTIVATION_DECAYS)}"
+            )
         curvature_radius(self.curvature, self.curvature_radius)
         if self.curvature_every < 1:
             raise ValueError(

@@ -171,6 +171,11 @@ def _entry(curvature: str) -> Curvature:
 
 
 def _fill_cache(model: nn.Module) -> None:
-    """Reads each effective weight with gradients: a first read under no_grad would cache it without them."""
-    for layer in constrained_layers(model):
+    """Reads each effective weight with gradients: a first read under no_grad would cache it without them.
+
+    Trained ones first: torch caches a copy of a module under the key of the original, and PEFT trains copies of
+    modules that it keeps beside the frozen originals.
+    """
+    layers = list(constrained_layers(model))
+    for layer in sorted(layers, key=lambda layer: not any(s.requires_grad for s in layer.parametrization.sources)):
         getattr(layer.module, layer.tensor_name)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from hf_lipschitz.holders import CONVOLUTIONS, DENSE
 from hf_lipschitz.training.head import find_head
@@ -65,6 +66,7 @@ def _last_block_and_head(model: nn.Module, head_module: str | None) -> list[str]
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
+            and not isinstance(module, parametrize.ParametrizationList)
             and len(module)
             and not any(name.startswith(f"{outer}.") for outer in lists)
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_lipschitz.conversion import materialized
 from hf_lipschitz.nn.attachment import constrained_layers
-from hf_lipschitz.training.activation_decay import HeadCall, activation_decay, captured, example_activations
+from hf_lipschitz.training.activation_decay import HeadDecay
 from hf_lipschitz.training.arguments import LipschitzTrainingArguments
 from hf_lipschitz.training.augmentation import PIXELS, check_noise, gaussian_noise, pixel_scale
 from hf_lipschitz.training.curvature import CURVATURES, check_curvature, task_curvature
-from hf_lipschitz.training.head import find_head
+from hf_lipschitz.training.head_calls import HeadCall
 from hf_lipschitz.training.metrics import RunningMeans, finite_values, layer_metrics
 from hf_lipschitz.training.randomness import Draws
 from hf_lipschitz.training.schedule import LipschitzScheduleCallback, schedule_target
@@ -75,6 +75,7 @@ class LipschitzTrainer(Trainer):
         super().__init__(model, args, *positional, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._check_launch()
+        self._head_decay = HeadDecay(args.activation_decay_kind, args.head_module)
         self._check_model()
         self._means = RunningMeans()
         self._draws = Draws(args.seed, args.process_index)
@@ -104,7 +105,8 @@ class LipschitzTrainer(Trainer):
             self._means.add(finite_values({"task_loss": loss}, self.state.global_step))
             penalties: dict[str, Tensor] = {}
             if self.args.activation_decay > 0:
-                penalties["activation_decay"] = self._activation_decay(calls, outputs)
+                decay = self._head_decay.penalty(core, calls, loss, outputs, inputs)
+                penalties["activation_decay"] = self.args.activation_decay * decay
             if self._has_curvature():
                 penalties["curvature"] = self.args.curvature_weight * task_curvature(
                     core,
@@ -144,19 +146,8 @@ class LipschitzTrainer(Trainer):
         )
         return [name for name in super().get_decay_parameter_names(model) if not name.startswith(prefixes)]
 
-    def _activation_decay(self, calls: list[HeadCall], outputs: Any) -> Tensor:
-        if len(calls) != 1:
-            raise RuntimeError(
-                f"activation_decay: the head was called {len(calls)} times in a forward; name the classifier's last "
-                "layer by head_module"
-            )
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-        return self.args.activation_decay * activation_decay(example_activations(calls[0], logits))
-
-    def _captured_head(self, core: nn.Module) -> Any:
-        if self.args.activation_decay == 0:
-            return nullcontext([])
-        return captured(find_head(core, self.args.head_module)[1])
+    def _captured_head(self, core: nn.Module) -> AbstractContextManager[list[HeadCall]]:
+        return self._head_decay.captured(core) if self.args.activation_decay > 0 else nullcontext([])
 
     @contextmanager
     def _noise(self, core: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -198,7 +189,7 @@ class LipschitzTrainer(Trainer):
     def _check_model(self) -> None:
         core = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.activation_decay > 0:
-            find_head(core, self.args.head_module)
+            self._head_decay.check(core)
         if self.args.curvature_weight > 0:
             check_curvature(core, self.args.curvature)
             self._curvature_layers(core)

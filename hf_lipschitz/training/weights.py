@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from hf_lipschitz.holders import own_parametrizations
 
 
 def trained_weights(model: nn.Module) -> list[Tensor]:
@@ -60,7 +62,7 @@ def replaced(model: nn.Module, weights: Sequence[Tensor], values: Sequence[Tenso
 @contextmanager
 def _attributes(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     present = module.__class__
-    if _chains(module):
+    if own_parametrizations(module):
         # The properties of the parametrized class would come first.
         module.__class__ = parametrize.type_before_parametrizations(module)
     module.__dict__.update(tensors)
@@ -74,9 +76,4 @@ def _attributes(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
-    return {name: getattr(module, name) for name in (*names, *_chains(module))}
-
-
-def _chains(module: nn.Module) -> Mapping[str, nn.Module]:
-    # Not by `is_parametrized`, which wrappers of PEFT answer for the module that they wrap.
-    return module._modules.get("parametrizations", {})
+    return {name: getattr(module, name) for name in (*names, *own_parametrizations(module))}

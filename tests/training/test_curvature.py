@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 from curvature_cases import BATCH, LABELS, PIXELS, double_batch, draws, run, small_net, task_of
+from peft import LoraConfig, get_peft_model
 from tiny_models import Examples, bert, gpt2, resnet, vit
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
 
 from hf_lipschitz import lipschitzify
 from hf_lipschitz.conversion import materialized
-from hf_lipschitz.training.curvature import CURVATURES, check_curvature, curvature_radius, task_curvature
+from hf_lipschitz.training.curvature import CURVATURES, _fill_cache, check_curvature, curvature_radius, task_curvature
 from hf_lipschitz.training.curvature_problem import CurvatureProblem
 from hf_lipschitz.training.hessian import (
     hessian_vector_product,
@@ -350,3 +352,22 @@ def test_selection_errors_name_the_fix():
         curvature_layers(bert(), ["keys"])
     with pytest.raises(ValueError, match="curvature_modules"):
         curvature_layers(small_net())
+
+
+@pytest.mark.parametrize("build", [bert, gpt2, vit, resnet])
+def test_constraints_change_nothing_of_the_default_layers(build):
+    assert list(curvature_layers(lipschitzify(build(), layer_lipschitz=0.5))) == list(curvature_layers(build()))
+
+
+def test_a_trained_copy_of_a_frozen_head_counts_by_its_own_weight():
+    model = get_peft_model(
+        lipschitzify(bert(), layer_lipschitz=0.5), LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2)
+    )
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    with torch.no_grad():
+        head.parametrizations.weight.original.mul_(0.01)
+    weight = head.weight.detach().clone()
+    with parametrize.cached():
+        _fill_cache(model)
+        assert head.weight.requires_grad
+        torch.testing.assert_close(head.weight.detach(), weight)

@@ -51,6 +51,7 @@ def test_dictionary_round_trip(tmp_path):
 @pytest.mark.parametrize(("values", "message"), [
     ({"activation_decay": -1.0}, "activation_decay must be finite and >= 0.*0 turns it off"),
     ({"activation_decay": math.nan}, "activation_decay must be finite"),
+    ({"activation_decay_kind": "l1"}, "unknown activation_decay_kind 'l1'; known: squared_norm, hessian_trace"),
     ({"curvature_weight": math.inf}, "curvature_weight must be finite"),
     ({"noise_sigma": -0.1}, "noise_sigma must be finite"),
     ({"curvature": "ridge"}, "unknown curvature 'ridge'; known: hutchinson, trace, gauss_newton, cure, sam"),
