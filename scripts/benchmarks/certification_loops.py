@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
-from hf_lipschitz.certification import ABSTAIN, SmoothedClassifier, SmoothingConfig
+from hf_lipschitz.certification import ABSTAIN, Certificate, SmoothedClassifier, SmoothingConfig
 
 
 try:
@@ -44,6 +44,10 @@ class Outcome(NamedTuple):
     prediction: int
     radius: float
     n: int
+
+
+def outcome_of(certificate: Certificate) -> Outcome:
+    return Outcome(certificate.prediction, certificate.radius, certificate.n)
 
 
 @dataclass(frozen=True)
