@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -13,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lipschitz.functional.geometry import ConvGeometry, conv_geometry
 from hf_lipschitz.functional.layout import WeightLayout
+from hf_lipschitz.nn.parametrized import own_parametrizations
 
 
 DENSE = (nn.Linear, Conv1D)
@@ -21,11 +21,6 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 # Of transformers: their own forward uses the weight as it is stored, on inputs with zeros around them or in parts.
 _KNOWN_FORWARDS = ("FalconLinear", "IdeficsDecoupledLinear", "DeepseekV4GroupedLinear", "Conv2dSamePadding")
 _QUERIES_KEYS_VALUES = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-def own_parametrizations(module: nn.Module) -> Mapping[str, parametrize.ParametrizationList]:
-    """By tensor. Not by torch's `is_parametrized`, which wrappers of PEFT answer for the module that they wrap."""
-    return module._modules.get("parametrizations", {})
 
 
 def weight_layouts(module: nn.Module) -> dict[str, WeightLayout]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_lipschitz.functional.checks import check_named_weight
-from hf_lipschitz.holders import own_parametrizations
 from hf_lipschitz.nn.blocks import TiedParametrization
 from hf_lipschitz.nn.constraint import Constraint
+from hf_lipschitz.nn.parametrized import own_parametrizations
 from hf_lipschitz.nn.weight_norm import (
     WeightNormStage,
     has_weight_norm,

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hf_lipschitz.holders import own_parametrizations
+from hf_lipschitz.nn.parametrized import own_parametrizations
 
 
 def trained_weights(model: nn.Module) -> list[Tensor]:
