@@ -237,9 +237,9 @@ def exact(x: Tensor, sigma: float, key: NoiseKey, device: torch.device | str) ->
     size = (NOISE_BLOCK, *x.shape)
     source = key.source(device if torch.device(device).type == "cuda" else "cpu")
     if isinstance(source, torch.Generator):
-        return table.draw_torch(source, size).add_(pixels).div_(LEVELS)
+        return _levels(table.draw_torch(source, size).add_(pixels))
     integers = source.draw(size, lambda stream, out: table.draw(stream.bit_generator, out))
-    return integers.add_(pixels.cpu()).div_(LEVELS).to(device)
+    return _levels(integers.add_(pixels.cpu())).to(device)
 
 
 def gaussian_noise_block(
@@ -303,6 +303,11 @@ def _pixels(x: Tensor) -> Tensor:
             "before resizing, or round to the grid."
         )
     return pixels
+
+
+def _levels(integers: Tensor) -> Tensor:
+    # By a tensor there: CUDA multiplies by the reciprocal of a number, which gives 126 of 256 levels another last bit.
+    return integers.div_(integers.new_tensor(LEVELS))
 
 
 def _on(x: Tensor, device: torch.device | str) -> Tensor:
