@@ -19,6 +19,7 @@ from hf_lipschitz.training.counting import (
 )
 from hf_lipschitz.training.head import find_head
 from hf_lipschitz.training.head_calls import HeadCall, captured, example_activations
+from hf_lipschitz.training.outputs import logits_of
 
 
 # Entries of logits whose probabilities are in memory at once, in float32.
@@ -175,7 +176,7 @@ class HeadDecay:
                 f"activation_decay: the head was called {len(calls)} times in a forward; name the model's last layer "
                 "by head_module, or set activation_decay=0"
             )
-        logits = _logits(outputs)
+        logits = logits_of(outputs)
         activations = example_activations(calls[0], logits)
         if not activations.requires_grad:
             raise RuntimeError(
@@ -211,13 +212,3 @@ class HeadDecay:
                 "one (several labels an example, or a regression); take 'squared_norm'"
             )
         self._is_checked = True
-
-
-def _logits(outputs: Any) -> Tensor:
-    if not isinstance(outputs, dict):
-        return outputs[1]
-    if "logits" not in outputs:
-        raise RuntimeError(
-            f"activation_decay: the model's outputs are {', '.join(outputs)}, with no 'logits'; set activation_decay=0"
-        )
-    return outputs["logits"]

@@ -1,4 +1,4 @@
-"""Gaussian noise on the inputs of training, in the unit in which they are certified."""
+"""Moving the inputs of training, in the unit in which they are certified."""
 
 from __future__ import annotations
 
@@ -15,53 +15,86 @@ PIXELS, TOKENS = "pixel_values", "input_ids"
 
 
 @contextmanager
-def gaussian_noise(
-    model: nn.Module, inputs: Mapping[str, Any], sigma: float, processor: Any, generator: torch.Generator
+def moved_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], shift: Tensor, scale: Tensor | float = 1.0
 ) -> Iterator[dict[str, Any]]:
-    """Inside the block, forwards of `model` on the inputs that it yields see noise.
+    """Inside the block, forwards of `model` on the inputs that it yields see x + shift.
 
-    Pixels are replaced by noisy ones. Token ids stay, and the output of the model's input embeddings, which is what
-    `inputs_embeds` would be, gets the noise from a hook: the forward keeps its ordinary arguments, so data parallelism
-    sees every parameter used.
+    Pixels are replaced by moved ones. Token ids stay, and the output of the model's input embeddings, which is what
+    `inputs_embeds` would be, is moved by a hook: the forward keeps its ordinary arguments, so data parallelism sees
+    every parameter used.
 
     Args:
         model (`torch.nn.Module`):
             Not wrapped for data parallelism.
         inputs (`Mapping[str, Any]`):
             Keyword arguments of its forward.
-        sigma (`float`):
-            Standard deviation, for pixels in [0, 1] before normalisation, or for word embeddings.
-        processor:
-            The image processor that made the pixels; not used for text.
-        generator (`torch.Generator`):
-            Where the noise comes from. Every forward in the block sees the same noise.
+        shift (`Tensor`):
+            Of the shape of the pixel values `(B, ..., C, H, W)` or embeddings `(B, T, d)`.
+        scale (`Tensor` or `float`, *optional*, defaults to 1.0):
+            How far pixel values move when the unit of the shift moves by one, see [`pixel_scale`].
 
     Raises:
-        ValueError: the kind of input has no noise, or the unit of the pixels is not known.
+        RuntimeError: embeddings of another shape come out of the model.
     """
     inputs = dict(inputs)
-    kind = check_noise(model, processor)
-    if kind not in inputs:
-        raise ValueError(f"noise_sigma needs {kind} in the batch, which has {', '.join(inputs)}")
-    if kind == PIXELS:
-        inputs[PIXELS] = add_pixel_noise(inputs[PIXELS], pixel_scale(processor) * sigma, generator)
+    if model.main_input_name == PIXELS:
+        pixels = inputs[PIXELS]
+        scale = scale.to(pixels) if isinstance(scale, Tensor) else scale
+        inputs[PIXELS] = pixels + scale * shift.to(pixels.dtype)
         yield inputs
         return
-    start = generator.get_state()
 
-    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        generator.set_state(start)
-        return output + sigma * _standard_normal(output, generator)
+    def move(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if output.shape != shift.shape:
+            raise RuntimeError(
+                f"noise_sigma: the input embeddings are called on {tuple(output.shape[:-1])} tokens, and the batch "
+                f"has {tuple(shift.shape[:-1])}: set noise_sigma=0"
+            )
+        return output + shift.to(output.dtype)
 
-    handle = model.get_input_embeddings().register_forward_hook(add)
+    handle = model.get_input_embeddings().register_forward_hook(move)
     try:
         yield inputs
     finally:
         handle.remove()
 
 
+def moved_tensor(model: nn.Module, inputs: Mapping[str, Any], scale: Tensor | float = 1.0) -> Tensor:
+    """A tensor with the shape and on the device of what [`moved_inputs`] moves.
+
+    Raises:
+        ValueError: the batch has no such input, or its pixels are cut into patches or have other channels.
+    """
+    kind = model.main_input_name
+    if kind not in inputs:
+        raise ValueError(f"noise_sigma needs {kind} in the batch, which has {', '.join(inputs)}")
+    x = inputs[kind]
+    if kind == TOKENS:
+        embeddings = model.get_input_embeddings()
+        is_plain = isinstance(embeddings, nn.Embedding)
+        width = embeddings.embedding_dim if is_plain else embeddings(x[:1, :1]).shape[-1]
+        return x.new_empty((*x.shape, width), dtype=torch.float32)
+    channels = len(scale) if isinstance(scale, Tensor) else 1
+    if x.ndim < 4 or channels not in (1, x.shape[-3]):
+        raise ValueError(
+            f"noise_sigma needs pixel_values of shape (B, {channels}, H, W), got {tuple(x.shape)}: set noise_sigma=0"
+        )
+    return x
+
+
+def repeated(inputs: Mapping[str, Any], rows: int, copies: int) -> dict[str, Any]:
+    """The batch `copies` times, copy after copy: each tensor of it with `rows` rows."""
+    if copies == 1:
+        return dict(inputs)
+    return {
+        name: x.repeat(copies, *[1] * (x.dim() - 1)) if isinstance(x, Tensor) and x.dim() and len(x) == rows else x
+        for name, x in inputs.items()
+    }
+
+
 def check_noise(model: nn.Module, processor: Any) -> str:
-    """Name of the input that gets the noise; raises what [`gaussian_noise`] would, before there is a batch."""
+    """Name of the input that gets the noise; raises what noise would, before there is a batch."""
     kind = getattr(model, "main_input_name", None)
     if kind == PIXELS:
         pixel_scale(processor)
@@ -103,22 +136,3 @@ def pixel_scale(processor: Any) -> Tensor:
         raise ValueError(f"{name} rescales by {factor}, so its pixels are not in [0, 1]: set rescale_factor=1/255")
     std = torch.as_tensor(processor.image_std if getattr(processor, "do_normalize", False) else 1.0)
     return (1 / std.double()).reshape(-1, 1, 1)
-
-
-def add_pixel_noise(pixel_values: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
-    """`pixel_values` of shape `(..., C, H, W)` plus noise of the standard deviation `std`, of shape `(C, 1, 1)`.
-
-    Raises:
-        ValueError: the pixel values are cut into patches, or have another number of channels.
-    """
-    if pixel_values.ndim < 4 or len(std) not in (1, pixel_values.shape[-3]):
-        raise ValueError(
-            f"noise_sigma needs pixel_values of shape (B, {len(std)}, H, W), got {tuple(pixel_values.shape)}: set "
-            "noise_sigma=0"
-        )
-    return pixel_values + std.to(pixel_values) * _standard_normal(pixel_values, generator)
-
-
-def _standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
-    return noise.to(like.dtype)

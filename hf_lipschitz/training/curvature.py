@@ -38,6 +38,9 @@ class Curvature:
             Whether it is about chosen weights, and not about the inputs.
         is_second_order (`bool`, *optional*, defaults to `True`):
             Whether the forward is differentiated twice.
+        is_mean (`bool`, *optional*, defaults to `False`):
+            Whether, for given probes, it is a mean over examples. All micro-batches and processes of an optimizer step
+            then share the probes, so that the penalty is that of the whole batch.
         radius (`float`, *optional*):
             What the radius is by default, for a penalty that has one.
     """
@@ -45,14 +48,15 @@ class Curvature:
     penalty: Callable[[CurvatureProblem], Tensor]
     is_of_weights: bool = True
     is_second_order: bool = True
+    is_mean: bool = False
     radius: float | None = None
 
 
 CURVATURES: dict[str, Curvature] = {
     "hutchinson": Curvature(hutchinson),
-    "trace": Curvature(trace),
+    "trace": Curvature(trace, is_mean=True),
     "gauss_newton": Curvature(gauss_newton),
-    "cure": Curvature(cure, is_of_weights=False, radius=1.5),
+    "cure": Curvature(cure, is_of_weights=False, is_mean=True, radius=1.5),
     "sam": Curvature(sam, is_second_order=False, radius=0.05),
 }
 

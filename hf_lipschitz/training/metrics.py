@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from hf_lipschitz.nn.attachment import ConstrainedLayer, constrained_layers
+from hf_lipschitz.nn.attachment import ConstrainedLayer
+from hf_lipschitz.training.unit_rows import layers_with_norms
 
 
 class RunningMeans:
@@ -50,13 +51,16 @@ def finite_values(terms: Mapping[str, Tensor], step: int) -> dict[str, float]:
 
 
 def layer_metrics(model: nn.Module) -> dict[str, float]:
-    """The largest bound of a constrained layer's norm, and the largest constant; nothing for a plain model."""
-    layers = list(constrained_layers(model))
+    """Of the constrained layers: the largest bound of a norm, the largest constant, and the logarithm to base ten of
+    the product of the bounds; nothing for a plain model. A head of rows of norm one is left out."""
+    layers = list(layers_with_norms(model))
     if not layers:
         return {}
+    bounds = [_norm_bound(layer) for layer in layers]
     return {
-        "max_layer_norm": max(map(_norm_bound, layers)),
+        "max_layer_norm": max(bounds),
         "lipschitz_constant": max(layer.parametrization.lipschitz.item() for layer in layers),
+        "log10_norm_product": sum(math.log10(bound) if bound > 0 else -math.inf for bound in bounds),
     }
 
 

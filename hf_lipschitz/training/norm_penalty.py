@@ -25,25 +25,15 @@ class PenalisedWeight(NamedTuple):
     layout: WeightLayout
 
 
-def norm_penalty(
-    model: nn.Module,
-    target: float,
-    *,
-    power: int = 2,
-    target_modules: Target = None,
-    exclude_modules: Target = None,
-    rtol: float = 1e-3,
+def penalised_norms(
+    model: nn.Module, *, target_modules: Target = None, exclude_modules: Target = None, rtol: float = 1e-3
 ) -> Tensor:
     r"""
-    \\(\sum_l \max(0,\, b(W_l) - c)^p\\) over the layers of a model, with b ≥ σ₁ the library's bound of the spectral
-    norm of what each layer does: of a matrix to `rtol`, of a convolution on inputs of any size. With p = 2 it is a
-    spectral norm regularisation (Yoshida & Miyato 2017, arXiv:1705.10941) that leaves norms under c alone.
+    b(W_l) ≥ σ₁, the library's bound of the spectral norm of what each layer of a model does: of a matrix to `rtol`, of
+    a convolution on inputs of any size.
 
-    A penalty constrains nothing: norms end where it and the task balance, and no certificate may take c for a bound.
-
-    Its gradient is \\(p\,(b - c)^{p-1}\) times that of b, which is \\(uv^T\\) of the leading pair of singular vectors,
-    an **estimate**, or that pair's at the worst frequency of a convolution; a subgradient where σ₁ is repeated. It
-    cannot be differentiated twice.
+    The gradient of each is \\(uv^T\\) of the leading pair of singular vectors, an **estimate**, or that pair's at the
+    worst frequency of a convolution; a subgradient where σ₁ is repeated. It cannot be differentiated twice.
 
     Layers whose weight is not trained, or not used as it is stored, are left out; factors of adapters are layers of
     their own. Of one that is constrained with `mode="cap"` W is the raw weight, for the norm of the effective one
@@ -53,30 +43,49 @@ def norm_penalty(
     Args:
         model (`torch.nn.Module`):
             Constrained or not; not wrapped for data parallelism.
+        target_modules (`str` or `list[str]`, *optional*), exclude_modules (`str` or `list[str]`, *optional*):
+            Which layers, with the semantics of [`LipschitzConfig`]; by default every one of [`weight_layouts`].
+        rtol (`float`, *optional*, defaults to `1e-3`):
+            Relative width of the brackets of the norms.
+
+    Returns:
+        `Tensor` of shape `(L,)`: float32, or float64 for a model of that. **Upper bounds**.
+
+    Raises:
+        ValueError: no trained layer is meant, or a weight holds NaN or inf.
+    """
+    bounds = [
+        bound for group in _alike(_penalised(model, target_modules, exclude_modules)) for bound in _bounds(group, rtol)
+    ]
+    return torch.stack([bound.to(bounds[0].device) for bound in bounds])
+
+
+def norm_penalty(norms: Tensor, target: float, *, power: int = 2) -> Tensor:
+    r"""
+    \\(\sum_l \max(0,\, b_l - c)^p\\). With p = 2 it is a spectral norm regularisation (Yoshida & Miyato 2017,
+    arXiv:1705.10941) that leaves norms under c alone.
+
+    A penalty constrains nothing: norms end where it and the task balance, and no certificate may take c for a bound.
+
+    Args:
+        norms (`Tensor` of shape `(L,)`):
+            b, from [`penalised_norms`]. A layer under the target by less than the width of its bracket may count as
+            over it by that.
         target (`float`):
             c ≥ 0.
         power (`int`, *optional*, defaults to 2):
             p, 1 or 2.
-        target_modules (`str` or `list[str]`, *optional*), exclude_modules (`str` or `list[str]`, *optional*):
-            Which layers, with the semantics of [`LipschitzConfig`]; by default every one of [`weight_layouts`].
-        rtol (`float`, *optional*, defaults to `1e-3`):
-            Relative width of the brackets of the norms: a layer under the target by less may count as over it by that.
 
     Returns:
-        `Tensor`: 0-dim, float32, or float64 for a model of that. An **upper bound** of the penalty of the exact norms.
+        `Tensor`: 0-dim, an **upper bound** of the penalty of the exact norms.
 
     Raises:
-        ValueError: c or p is out of range, no trained layer is meant, or a weight holds NaN or inf.
+        ValueError: c or p is out of range.
     """
     check_positive("target", target, or_zero=True)
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
-    excesses = [
-        (bound - target).clamp_min(0)
-        for group in _alike(_penalised(model, target_modules, exclude_modules))
-        for bound in _bounds(group, rtol)
-    ]
-    return torch.stack([excess.to(excesses[0].device) for excess in excesses]).pow(power).sum()
+    return (norms - target).clamp_min(0).pow(power).sum()
 
 
 def _penalised(model: nn.Module, target: Target, exclude: Target) -> list[PenalisedWeight]:

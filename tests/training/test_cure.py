@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import T5Config, T5ForSequenceClassification, ViTImageProcessor
 
 from hf_lipschitz import lipschitzify
-from hf_lipschitz.training.augmentation import gaussian_noise, pixel_scale
+from hf_lipschitz.training.augmentation import moved_inputs, pixel_scale
 from hf_lipschitz.training.cure import cure, sign_direction
 from hf_lipschitz.training.curvature import task_curvature
 from hf_lipschitz.training.curvature_problem import CurvatureProblem
@@ -152,12 +152,12 @@ def test_noise_of_the_embeddings_stays():
     model = bert(initializer_range=0.4).double()
     batch = double_batch(model)
     clean = run(model, batch, "cure", layers=None).item()
-    with gaussian_noise(model, batch, 0.5, None, draws(1)) as inputs:
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    noise = 0.5 * torch.randn(embeddings.shape, generator=draws(1)).double()
+    with moved_inputs(model, batch, noise) as inputs:
         noisy, again = (run(model, inputs, "cure", layers=None).item() for _ in range(2))
     assert noisy == again
     assert noisy != pytest.approx(clean, rel=1e-3)
-    embeddings = model.get_input_embeddings()(batch["input_ids"])
-    noise = 0.5 * torch.randn(embeddings.shape, generator=draws(1)).double()
     values = []
     for i in range(4):
         model.eval()

@@ -145,7 +145,8 @@ def test_curvature_of_the_trainer_is_that_of_its_batch_and_arguments(tmp_path):
         penalty = training_loss(trainer).item() - model(**batch).loss.item()
         trainer._draws = Draws(trainer.args.seed, 0)
         trainer._draws.advance(0)
-        seed = trainer._draws.generator("curvature", torch.device("cpu")).initial_seed()
+        is_shared = CURVATURES[curvature].is_mean
+        seed = trainer._draws.generator("curvature", torch.device("cpu"), is_shared=is_shared).initial_seed()
         unit = {"input_scale": pixel_scale(processor), "radius": radius}
         assert penalty == pytest.approx(2 * run(model, batch, curvature, seed, None, **unit).item(), rel=1e-4)
 

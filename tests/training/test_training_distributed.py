@@ -8,6 +8,8 @@ import torch
 from distributed_step import CASES, step
 
 
+# Rounded, or of the clock, or of the gradient before it is averaged.
+UNEQUAL = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 SCRIPT = Path(__file__).with_name("distributed_step.py")
 
 
@@ -26,13 +28,14 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_step_on_two_processes_is_the_step_on_one(case, two_processes, tmp_path):
-    weights, logs = step(case, str(tmp_path))
+    weights, logs = step(str(tmp_path), **CASES[case])
     for rank in range(2):
         theirs, their_logs = two_processes[rank][case]
         assert theirs.keys() == weights.keys()
         assert max((theirs[name] - value).abs().max().item() for name, value in weights.items()) <= 1e-6
-        for name in ("task_loss", "activation_decay", "max_layer_norm", "lipschitz_constant"):
-            assert their_logs[name] == pytest.approx(logs[name], rel=1e-5)
+        terms = {name: value for name, value in logs.items() if name not in UNEQUAL}
+        assert {"task_loss", "activation_decay", "max_layer_norm", "lipschitz_constant"} <= terms.keys()
+        assert {name: their_logs[name] for name in terms} == pytest.approx(terms, rel=1e-5)
     assert logs["activation_decay"] > 0.01
 
 
