@@ -20,7 +20,7 @@ from hf_lipschitz.methods import register_method
 from hf_lipschitz.model_bounds import lipschitz_bound, verify_lipschitz
 from hf_lipschitz.pipelines import CertifiedClassificationPipeline
 from hf_lipschitz.report import LipschitzReport, inspect  # noqa: F401  not in __all__: the name of a stdlib module
-from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
+from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments, ModelCardCallback
 from hf_lipschitz.version import __version__
 
 
@@ -42,6 +42,7 @@ __all__ = [
     # train
     "LipschitzTrainer",
     "LipschitzTrainingArguments",
+    "ModelCardCallback",
     # certify
     "ABSTAIN",
     "Certificate",

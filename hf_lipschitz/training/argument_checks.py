@@ -19,7 +19,7 @@ SMOOTHINGS = ("none", "consistency", "macer")
 WEIGHTS = ("activation_decay", "curvature_weight", "noise_sigma", "attack_radius", "norm_penalty")
 NON_NEGATIVE = (*WEIGHTS, "norm_penalty_target", "entropy_weight")
 POSITIVE = ("consistency_weight", "macer_weight", "macer_gamma", "macer_beta")
-COUNTS = ("curvature_every", "norm_penalty_every", "noise_copies", "attack_steps")
+COUNTS = ("curvature_every", "norm_penalty_every", "noise_copies", "attack_steps", "certified_examples", "certified_n")
 
 
 def check_arguments(args: LipschitzTrainingArguments) -> None:
@@ -33,6 +33,7 @@ def check_arguments(args: LipschitzTrainingArguments) -> None:
     _check_loss(args)
     _check_smoothing(args)
     _check_schedule(args)
+    _check_probe(args)
 
 
 def given_loss_parameters(args: LipschitzTrainingArguments) -> dict[str, float]:
@@ -130,3 +131,20 @@ def _check_schedule(args: LipschitzTrainingArguments) -> None:
             "lipschitz_target needs a schedule: set lipschitz_schedule='linear', or lipschitzify the model with "
             f"layer_lipschitz={args.lipschitz_target} and no schedule"
         )
+
+
+def _check_probe(args: LipschitzTrainingArguments) -> None:
+    if args.certified_radii is None:
+        if args.certified_sigma is not None:
+            raise ValueError("certified_sigma needs certified_radii, such as [0.25, 0.5]")
+        return
+    if not args.certified_radii:
+        raise ValueError(
+            "certified_radii is empty: name radii, or leave it None for an evaluation without certificates"
+        )
+    if args.noise_sigma == 0 and args.certified_sigma is None:
+        raise ValueError("certified_radii needs noise: set certified_sigma > 0, or noise_sigma > 0 to train on it too")
+    names = [f"{radius:g}" for radius in args.certified_radii]
+    if len(set(names)) < len(names):
+        raise ValueError(f"certified_radii need different names to six digits, got {args.certified_radii}")
+    _ = args.probe_config

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_lipschitz.certification import SmoothingConfig
 from hf_lipschitz.training.activation_decay import ACTIVATION_DECAYS
 from hf_lipschitz.training.argument_checks import SMOOTHINGS, check_arguments
 from hf_lipschitz.training.curvature import CURVATURES
@@ -97,6 +98,16 @@ class LipschitzTrainingArguments(TrainingArguments):
             [`LipschitzConfig`].
         lipschitz_schedule_ratio (`float`, *optional*, defaults to 0.5):
             Share of the training steps, in (0, 1], after which the target is reached.
+        certified_radii (`list[float]`, *optional*):
+            Each evaluation certifies a few of its examples by randomised smoothing and reports
+            `eval_certified_accuracy@r` for these ℓ2 radii r, the share with the right class and a radius above r, for
+            `metric_for_best_model` too. Off by default.
+        certified_examples (`int`, *optional*, defaults to 50):
+            How many examples, evenly spaced in the evaluation dataset.
+        certified_sigma (`float`, *optional*):
+            Standard deviation of the noise; `noise_sigma` by default.
+        certified_n (`int`, *optional*, defaults to 1000), certified_alpha (`float`, *optional*, defaults to 0.001):
+            At most so many samples an example, and the error probability of each certificate.
         head_module (`str`, *optional*):
             Name of the classifier's last layer, where it is not found by itself.
 
@@ -169,6 +180,15 @@ class LipschitzTrainingArguments(TrainingArguments):
     lipschitz_schedule_ratio: float = field(
         default=0.5, metadata={"help": "Share of the training steps that the schedule takes."}
     )
+    certified_radii: list[float] | None = field(
+        default=None, metadata={"help": "Radii of eval_certified_accuracy@r, on a few evaluation examples."}
+    )
+    certified_examples: int = field(default=50, metadata={"help": "Examples that an evaluation certifies."})
+    certified_sigma: float | None = field(
+        default=None, metadata={"help": "Standard deviation of their noise; default: noise_sigma."}
+    )
+    certified_n: int = field(default=1000, metadata={"help": "Samples of an example, at most."})
+    certified_alpha: float = field(default=1e-3, metadata={"help": "Error probability of a certificate."})
     head_module: str | None = field(
         default=None, metadata={"help": "Name of the classifier's last layer; found by itself in most models."}
     )
@@ -176,3 +196,17 @@ class LipschitzTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_arguments(self)
+
+    @property
+    def probe_config(self) -> SmoothingConfig | None:
+        """How an evaluation certifies examples; `None` where it does not."""
+        if self.certified_radii is None:
+            return None
+        return SmoothingConfig(
+            sigma=self.noise_sigma if self.certified_sigma is None else self.certified_sigma,
+            n=self.certified_n,
+            alpha=self.certified_alpha,
+            radii=tuple(self.certified_radii),
+            batch_size=self.per_device_eval_batch_size,
+            seed=self.seed,
+        )

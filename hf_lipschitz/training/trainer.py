@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hf_lipschitz.training.activation_decay import HeadDecay
 from hf_lipschitz.training.argument_checks import given_loss_parameters
 from hf_lipschitz.training.arguments import LipschitzTrainingArguments
 from hf_lipschitz.training.augmentation import PIXELS, check_noise, pixel_scale
+from hf_lipschitz.training.card import ModelCardCallback
 from hf_lipschitz.training.curvature import CURVATURES, check_curvature, task_curvature
 from hf_lipschitz.training.example_draws import ExampleDraws
 from hf_lipschitz.training.head_calls import HeadCall
@@ -27,6 +29,7 @@ from hf_lipschitz.training.module_decay import ModuleCall, captured_inputs, deca
 from hf_lipschitz.training.noisy_inputs import noisy_inputs
 from hf_lipschitz.training.norm_penalty import norm_penalty, penalised_norms
 from hf_lipschitz.training.outputs import logits_of
+from hf_lipschitz.training.probe import certified_accuracy_metrics, check_probe, probe_batches, probe_certificates
 from hf_lipschitz.training.randomness import Draws, RestartCallback
 from hf_lipschitz.training.schedule import LipschitzScheduleCallback, schedule_target
 from hf_lipschitz.training.selection import curvature_layers
@@ -47,7 +50,8 @@ class LipschitzTrainer(Trainer):
     that had them; `max_penalised_norm`, a **bound** of the largest norm that the penalty is about, averaged likewise;
     `max_layer_norm`, a **bound** of the largest spectral norm of a constrained layer, `lipschitz_constant`, the
     largest constant, and `log10_norm_product`, the logarithm of the product of the bounds, at that moment. The product
-    bounds a chain of these layers, and not the model, which has other parts: that is [`lipschitz_bound`].
+    bounds a chain of these layers, and not the model, which has other parts: that is [`lipschitz_bound`]. An
+    evaluation with `certified_radii` adds `eval_certified_accuracy@r`, of the smoothed classifier on a few examples.
 
     Every term but the curvatures `"hutchinson"`, `"gauss_newton"` and `"sam"` is a mean over examples, or of the
     weights alone, and noise is keyed by the example: gradient accumulation and data parallelism give the gradient of
@@ -159,12 +163,49 @@ class LipschitzTrainer(Trainer):
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         dtype = self._evaluation_dtype()
         if dtype is not None and not self.is_in_train:
             self.model.to(dtype=dtype, device=self.args.device)
         with materialized(self.model):
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if self.args.certified_radii is not None and description == "Evaluation":
+                metrics = self._certified_accuracy(dataloader)
+                output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: Any = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: Any = None,
+        dataset_tags: Any = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: Any = None,
+    ) -> None:
+        """Writes the card of [`ModelCardCallback`] into `output_dir`; base model and task are read off the model."""
+        if not self.is_world_process_zero():
+            return
+        names = [dataset] if isinstance(dataset, str) else dataset
+        of_data = {"dataset_name": ", ".join(names)} if names else {}
+        card = ModelCardCallback(model_name, license=license, language=language, **of_data).card(
+            self.args, self.state, self.model, self.state.global_step
+        )
+        extra = [tags] if isinstance(tags, str) else tags or []
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *extra]))
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -201,6 +242,14 @@ class LipschitzTrainer(Trainer):
         """The logits, of shape `(m, B, K)`."""
         model_had_labels = self.compute_loss_func is None and self.label_smoother is None
         return logits_of(outputs, has_loss=model_had_labels).unflatten(0, (self.args.noise_copies, -1))
+
+    def _certified_accuracy(self, dataloader: DataLoader) -> dict[str, float]:
+        args = self.args
+        batches = probe_batches(dataloader.dataset, dataloader.collate_fn, args.certified_examples)
+        certificates, labels = probe_certificates(
+            self.model, batches, self.processing_class, args.probe_config, self.accelerator
+        )
+        return certified_accuracy_metrics(certificates, labels, args.certified_radii)
 
     def _captured_head(self, core: nn.Module) -> AbstractContextManager[list[HeadCall]]:
         is_of_head = self.args.activation_decay > 0 and self.args.activation_decay_modules is None
@@ -275,6 +324,8 @@ class LipschitzTrainer(Trainer):
             penalised_norms(core)
         if self.args.noise_sigma > 0:
             check_noise(core, self.processing_class)
+        if self.args.probe_config is not None:
+            check_probe(core, self.processing_class, self.args.probe_config)
 
     def _check_labels(self, inputs: dict[str, Any]) -> None:
         if self.label_names and not self.can_return_loss and not any(name in inputs for name in self.label_names):
