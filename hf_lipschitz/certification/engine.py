@@ -16,10 +16,11 @@ from torch import Tensor
 from hf_lipschitz.certification.certificate import ABSTAIN
 from hf_lipschitz.certification.looks import Look, default_looks, spend
 from hf_lipschitz.certification.methods import METHODS, Bounds, Choice, Floats, Integers, Setting, radii_of
-from hf_lipschitz.certification.noise import NOISE_BLOCK, NOISES, Stage
+from hf_lipschitz.certification.noise import NOISES, Stage
 from hf_lipschitz.certification.processes import ONE_PROCESS, Checkpoints, Processes
 from hf_lipschitz.certification.row_independence import check_row_independence
 from hf_lipschitz.certification.sampling import (
+    Counted,
     Item,
     NoisyInputs,
     ScoreHistograms,
@@ -38,11 +39,13 @@ SLICE_SECONDS = 20.0
 
 
 class Counter(Protocol):
-    """Adds up what logits say of the inputs of a batch's items."""
+    """Adds up what the logits that count say of their inputs."""
 
     counts: Tensor
 
-    def add(self, items: tuple[Item, ...], logits: Tensor) -> None: ...
+    def add(self, counted: Counted, logits: Tensor) -> None: ...
+
+    def check(self) -> None: ...
 
 
 @dataclass
@@ -216,15 +219,16 @@ class Window:
             if not self._has_checked_rows:
                 check_row_independence(self._logits_of, batch.noisy, logits)
                 self._has_checked_rows = True
-            counter.add(batch.items, logits.nan_to_num())
-            rows = torch.tensor([item.row for item in batch.items], device=logits.device)
-            is_broken = ~torch.isfinite(logits[: len(rows) * NOISE_BLOCK]).reshape(len(rows), -1).all(dim=-1)
+            counter.add(batch.counted, logits.nan_to_num())
+            rows, counted = batch.counted.of(logits)
+            is_broken = ~torch.isfinite(counted).all(dim=-1)
             broken.index_add_(0, rows.to(broken.device), is_broken.to(broken))
         if broken.any():
             index = self.inputs.indices[int(broken.nonzero()[0])]
             raise RuntimeError(
                 f"The base classifier returned NaN or infinite logits on input {index}; check that input."
             )
+        counter.check()
 
     def _counter(self, stage: Stage) -> Counter:
         num_inputs, num_classes = len(self.inputs.xs), self.setting.num_classes

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,11 +30,32 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Which rows of a batch count, and for whom.
+
+    Args:
+        rows (`Tensor`, int64):
+            For each of them, the place of its input among those certified together.
+        places (`Tensor`, int64, *optional*):
+            Where each is in the batch; `None` if they are the first ones.
+    """
+
+    rows: Tensor
+    places: Tensor | None
+
+    def of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs' rows on the device of the logits, and the logits that count."""
+        rows = self.rows.to(logits.device)
+        return rows, logits[: len(rows)] if self.places is None else logits[self.places.to(logits.device)]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """What goes through the base classifier at once: `logits` of the items' noisy copies, in blocks."""
+    """What goes through the base classifier at once: the items' noisy copies in blocks, and which of them count."""
 
     items: tuple[Item, ...]
     noisy: Tensor
+    counted: Counted
 
 
 def items_of(rows: Iterable[int], start: int, stop: int) -> list[Item]:
@@ -59,6 +81,22 @@ def in_batches(items: Sequence[Item], shapes: Sequence[tuple[int, ...]], batch_s
 def blocks_of(batch_size: int) -> int:
     """Noise blocks in a batch."""
     return math.ceil(batch_size / NOISE_BLOCK)
+
+
+def counted_in(parts: Sequence[tuple[Item, ...]], device: torch.device) -> list[Counted]:
+    """What counts in each batch. It goes to the device at once: each transfer waits for what is computed there."""
+    if not parts:
+        return []
+    rows = [np.repeat([item.row for item in part], [item.size for item in part]) for part in parts]
+    starts = [np.arange(len(part)) * NOISE_BLOCK for part in parts]
+    places = [
+        np.concatenate([start + np.arange(item.size) for item, start in zip(part, begin, strict=True)])
+        for part, begin in zip(parts, starts, strict=True)
+    ]
+    together = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(places)])).to(device)
+    split = together.split([len(part) for part in rows], dim=1)
+    are_first = [bool(part[-1] == len(part) - 1) for part in places]
+    return [Counted(both[0], None if first else both[1]) for both, first in zip(split, are_first, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -89,13 +127,10 @@ class NoisyInputs:
 
     def batches(self, stage: Stage, parts: Sequence[tuple[Item, ...]]) -> Iterator[Batch]:
         """Each part as a batch."""
-        for part in parts:
-            yield self._batch(stage, part)
-
-    def _batch(self, stage: Stage, part: tuple[Item, ...]) -> Batch:
-        blocks = [self._noisy(stage, item) for item in part]
-        blocks += [blocks[0]] * (blocks_of(self.batch_size) - len(blocks))
-        return Batch(part, blocks[0] if len(blocks) == 1 else torch.cat(blocks))
+        for part, counted in zip(parts, counted_in(parts, self.xs[0].device), strict=True):
+            blocks = [self._noisy(stage, item) for item in part]
+            blocks += [blocks[0]] * (blocks_of(self.batch_size) - len(blocks))
+            yield Batch(part, blocks[0] if len(blocks) == 1 else torch.cat(blocks), counted)
 
     def _noisy(self, stage: Stage, item: Item) -> Tensor:
         x = self.xs[item.row]
@@ -134,10 +169,13 @@ class Votes:
     def __init__(self, num_inputs: int, num_classes: int, device: torch.device) -> None:
         self.counts = torch.zeros(num_inputs, num_classes, dtype=torch.int64, device=device)
 
-    def add(self, items: tuple[Item, ...], logits: Tensor) -> None:
-        rows, counted = _rows(items, logits)
-        flat = rows * self.counts.shape[1] + counted.argmax(dim=-1)
+    def add(self, counted: Counted, logits: Tensor) -> None:
+        rows, logits = counted.of(logits)
+        flat = rows * self.counts.shape[1] + logits.argmax(dim=-1)
         self.counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
+
+    def check(self) -> None:
+        """Nothing can be wrong with votes."""
 
 
 class ScoreSums:
@@ -145,13 +183,16 @@ class ScoreSums:
 
     def __init__(self, num_inputs: int, num_classes: int, device: torch.device, to_scores: Callable) -> None:
         self.counts = torch.zeros(num_inputs, 2, num_classes, dtype=torch.int64, device=device)
-        self.to_scores = to_scores
+        self.scores = Scores(to_scores, device)
 
-    def add(self, items: tuple[Item, ...], logits: Tensor) -> None:
-        rows, counted = _rows(items, logits)
-        scores = scores_of(counted, self.to_scores)
+    def add(self, counted: Counted, logits: Tensor) -> None:
+        rows, logits = counted.of(logits)
+        scores = self.scores.of(logits)
         units = torch.stack([scores, scores.square()], dim=1).div_(SCORE_UNIT).round_().to(self.counts)
         self.counts.index_add_(0, rows, units)
+
+    def check(self) -> None:
+        self.scores.check()
 
 
 class ScoreHistograms:
@@ -167,43 +208,44 @@ class ScoreHistograms:
     def __init__(self, groups: Tensor, num_groups: int, to_scores: Callable) -> None:
         self.counts = torch.zeros(len(groups), num_groups, NUM_SCORE_BINS, dtype=torch.int64, device=groups.device)
         self.groups = groups
-        self.to_scores = to_scores
+        self.scores = Scores(to_scores, groups.device)
 
-    def add(self, items: tuple[Item, ...], logits: Tensor) -> None:
-        rows, counted = _rows(items, logits)
-        scores = scores_of(counted, self.to_scores)
+    def add(self, counted: Counted, logits: Tensor) -> None:
+        rows, logits = counted.of(logits)
+        scores = self.scores.of(logits)
         rows, groups = rows.to(scores.device), self.groups.to(scores.device)
         num_groups = self.counts.shape[1]
         grouped = scores.new_zeros(len(scores), num_groups).scatter_add_(1, groups[rows], scores)
-        below, weights = interpolation_weights(grouped.clamp_(0, 1))
+        below, weights = interpolation_weights(grouped.clamp_(0, 1), are_checked=True)
         first = rows[:, None] * num_groups + torch.arange(num_groups, device=rows.device)
         places = (first * NUM_SCORE_BINS + below).flatten().to(self.counts.device)
         weights = weights.flatten().to(self.counts.device)
         self.counts.view(-1).index_add_(0, places, SCORE_WEIGHT - weights)
         self.counts.view(-1).index_add_(0, places + 1, weights)
 
-
-def scores_of(logits: Tensor, to_scores: Callable[[Tensor], Tensor]) -> Tensor:
-    """
-    Scores in float64, in [0, 1].
-
-    Raises:
-        `ValueError`: the simplex map leaves the simplex.
-    """
-    device = "cpu" if logits.device.type == "mps" else logits.device  # MPS has no float64
-    scores = to_scores(logits.to(device, torch.float64))
-    inside = (scores >= -SIMPLEX_TOLERANCE).all() & (scores.sum(dim=-1) <= 1 + SIMPLEX_TOLERANCE).all()
-    if not inside:
-        raise ValueError("The simplex map returned scores that are negative or sum to more than 1.")
-    return scores.clamp(0, 1)
+    def check(self) -> None:
+        self.scores.check()
 
 
-def _rows(items: tuple[Item, ...], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """For each sample that counts, its input's row; and the logits of those samples."""
-    rows = torch.tensor([item.row for item in items], device=logits.device).repeat_interleave(NOISE_BLOCK)
-    logits = logits[: len(rows)]
-    if all(item.size == NOISE_BLOCK for item in items):
-        return rows, logits
-    sizes = torch.tensor([item.size for item in items], device=logits.device).repeat_interleave(NOISE_BLOCK)
-    counts = torch.arange(len(rows), device=logits.device) % NOISE_BLOCK < sizes
-    return rows[counts], logits[counts]
+class Scores:
+    """Scores of logits in float64, in [0, 1]. Whether they were on the simplex is seen at the end alone, since asking
+    the device waits for it."""
+
+    def __init__(self, to_scores: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self.to_scores = to_scores
+        self.are_inside = torch.ones((), dtype=torch.bool, device=device)
+
+    def of(self, logits: Tensor) -> Tensor:
+        device = "cpu" if logits.device.type == "mps" else logits.device  # MPS has no float64
+        scores = self.to_scores(logits.to(device, torch.float64))
+        inside = (scores >= -SIMPLEX_TOLERANCE).all() & (scores.sum(dim=-1) <= 1 + SIMPLEX_TOLERANCE).all()
+        self.are_inside &= inside.to(self.are_inside.device)
+        return scores.clamp(0, 1)
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: the simplex map left the simplex.
+        """
+        if not self.are_inside:
+            raise ValueError("The simplex map returned scores that are negative or sum to more than 1.")

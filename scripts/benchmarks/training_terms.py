@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     HfArgumentParser,
     PreTrainedModel,
     ResNetConfig,
@@ -61,9 +63,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Arguments:
-    model: str = field(default="minilm", metadata={"choices": ["minilm", "resnet"]})
+    model: str = field(default="minilm", metadata={"choices": ["minilm", "bert-base", "resnet"]})
     batch_size: int = field(default=16)
-    tokens: int = field(default=64, metadata={"help": "tokens an input, for minilm"})
+    tokens: int = field(default=64, metadata={"help": "tokens an input, of texts"})
     image_size: int = field(default=64, metadata={"help": "pixels a side, for resnet"})
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     rounds: int = field(default=5)
@@ -82,8 +84,11 @@ class Arguments:
 def base_model(args: Arguments) -> tuple[PreTrainedModel, dict[str, torch.Tensor], Any]:
     torch.manual_seed(0)
     labels = torch.randint(0, 3, (args.batch_size,))
-    if args.model == "minilm":
-        model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=3)
+    if args.model != "resnet":
+        if args.model == "minilm":
+            model = AutoModelForSequenceClassification.from_pretrained(minilm_path(), num_labels=3)
+        else:
+            model = BertForSequenceClassification(BertConfig(num_labels=3))
         ids = torch.randint(1000, 20_000, (args.batch_size, args.tokens))
         return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, None
     shape = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}

@@ -23,7 +23,8 @@ from hf_lipschitz.certification import (
     SmoothingConfig,
     certified_accuracy,
 )
-from hf_lipschitz.training.augmentation import gaussian_noise
+from hf_lipschitz.training.example_draws import ExampleDraws
+from hf_lipschitz.training.noisy_inputs import noisy_inputs
 from tests.certification.exact import Slabs, place
 from tests.families import resnet
 
@@ -46,9 +47,9 @@ def test_art_adds_noise_of_another_sigma_in_training_and_ours_does_not() -> None
     certifier(image)
     clean = processor(image, return_tensors="pt")["pixel_values"]
     certifying = torch.cat(seen) - clean
-    with gaussian_noise(
-        model, {"pixel_values": clean.repeat(2000, 1, 1, 1)}, SIGMA, processor, torch.Generator().manual_seed(0)
-    ) as inputs:
+    draws = ExampleDraws(0)
+    draws.advance(0, 2000)
+    with noisy_inputs(model, {"pixel_values": clean.repeat(2000, 1, 1, 1)}, draws, processor, sigma=SIGMA) as inputs:
         training = inputs["pixel_values"] - clean
     for noise in (certifying, training):
         deviation = (noise * std.view(3, 1, 1)).std(dim=(0, 2, 3))

@@ -15,6 +15,7 @@ from hf_lipschitz.certification.sampling import (
     ScoreHistograms,
     ScoreSums,
     Votes,
+    counted_in,
     in_batches,
     items_of,
     logits_of,
@@ -50,7 +51,8 @@ def counted(counter: object, start: int, stop: int, batch_size: int = 300, rows:
     parts = in_batches(items_of([0, 1, 2] if rows is None else rows, start, stop), inputs.shapes, batch_size)
     for batch in inputs.batches(Stage.ESTIMATION, parts):
         assert len(batch.noisy) == batch_size
-        counter.add(batch.items, three_classes(batch.noisy))
+        counter.add(batch.counted, three_classes(batch.noisy))
+    counter.check()
     return counter.counts.numpy()
 
 
@@ -174,5 +176,6 @@ def test_a_map_that_leaves_the_simplex_is_refused(simplex_map: object) -> None:
 
 def test_scores_from_half_precision_logits() -> None:
     counter = ScoreSums(1, 3, CPU, softmax)
-    counter.add((Item(0, 0, 100),), torch.randn(100, 3).bfloat16())
+    (of_a_block,) = counted_in([(Item(0, 0, 100),)], CPU)
+    counter.add(of_a_block, torch.randn(100, 3).bfloat16())
     assert counter.counts[0, 0].sum().item() * SCORE_UNIT == pytest.approx(100)

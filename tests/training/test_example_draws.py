@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from scipy import stats
 from torch.utils.data import BatchSampler, DataLoader
@@ -86,6 +87,7 @@ def test_another_rank_or_number_of_processes_is_noticed():
 def loaded(way, batch_size, accumulation):
     """What this process has when accelerate shares the examples in the way named."""
     configuration = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5, **WAYS[way])
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, dataloader_config=configuration)
     rows = batch_size // accelerator.num_processes // accumulation
     size = rows * accelerator.num_processes if "split" in way else rows

@@ -34,13 +34,15 @@ def score_bins() -> Array:
     return _bins().copy()
 
 
-def interpolation_weights(scores: Tensor) -> tuple[Tensor, Tensor]:
+def interpolation_weights(scores: Tensor, *, are_checked: bool = False) -> tuple[Tensor, Tensor]:
     r"""
     The two bins around each score, and how much of it belongs to the upper one.
 
     Args:
         scores (`torch.Tensor`):
             In [0, 1], of any shape and floating-point type, on a device that has float64.
+        are_checked (`bool`, *optional*, defaults to `False`):
+            They are known to be in [0, 1], or will be checked later: nothing waits for the device then.
 
     Returns:
         `lower_bins`, `weights`: `torch.Tensor` of the same shape and device, int64. Weight \\(w\\) of `SCORE_WEIGHT`
@@ -49,7 +51,9 @@ def interpolation_weights(scores: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         `ValueError`: a score is NaN or outside [0, 1].
     """
-    scores = _checked(scores.double().contiguous())
+    scores = scores.double().contiguous()
+    if not are_checked:
+        _check(scores)
     bins = _bins_on(scores.device)
     below = (torch.bucketize(scores, bins, right=True) - 1).clamp_(max=NUM_SCORE_BINS - 2)
     left = bins[below]
@@ -106,6 +110,7 @@ def _bins() -> Array:
     return np.concatenate([[0.0], lower, 1 - lower[-2::-1], [1.0]])
 
 
+@cache
 def _bins_on(device: torch.device) -> Tensor:
     return torch.from_numpy(_bins()).to(device)
 
@@ -117,7 +122,6 @@ def _added(places: Tensor, weights: Tensor, size: int) -> Tensor:
     return histogram.view(-1, size)
 
 
-def _checked(scores: Tensor) -> Tensor:
+def _check(scores: Tensor) -> None:
     if not ((scores >= 0) & (scores <= 1)).all():
         raise ValueError("Scores must be in [0, 1] and not NaN.")
-    return scores
