@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from hf_lipschitz.blocks import block_layers, has_blocks
@@ -269,6 +270,12 @@ def _check_weights(name: str, module: nn.Module) -> None:
             raise ValueError(
                 f"layer {name} is on the meta device and has no data to bound: load the model first, without "
                 "offloading to disk"
+            )
+        if isinstance(weight, DTensor):
+            raise ValueError(
+                f"layer {name} is sharded already, and a constraint put on it now would not be: lipschitzify the "
+                "model before fully_shard, or save it lipschitzified and load that with "
+                "from_pretrained(distributed_config=...)"
             )
         check_named_weight(name, weight)
 

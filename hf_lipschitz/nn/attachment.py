@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from hf_lipschitz.functional.checks import check_named_weight
 from hf_lipschitz.nn.blocks import TiedParametrization
 from hf_lipschitz.nn.constraint import Constraint
-from hf_lipschitz.nn.parametrized import own_parametrizations
+from hf_lipschitz.nn.parametrized import own_parametrizations, plain_class
 from hf_lipschitz.nn.weight_norm import (
     WeightNormStage,
     has_weight_norm,
@@ -132,7 +132,7 @@ def swap_out(module: nn.Module) -> SwappedOut:
     parametrized = SwappedOut(module, type(module), module.parametrizations)
     weights = {name: getattr(module, name).detach() for name in module.parametrizations}
     # The class is reset on this instance; deleting the property from it would break every copy of the module.
-    module.__class__ = parametrize.type_before_parametrizations(module)
+    module.__class__ = plain_class(module)
     del module._modules["parametrizations"]
     plain = {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
     module._parameters = {**plain, **module._parameters}

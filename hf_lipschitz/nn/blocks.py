@@ -12,6 +12,7 @@ from hf_lipschitz.functional.geometry import ConvGeometry
 from hf_lipschitz.functional.rescaling import rescaling_of_matrix
 from hf_lipschitz.functional.rescaling_conv import rescaling_of_kernel
 from hf_lipschitz.functional.weights import norms_and_directions
+from hf_lipschitz.nn.constraint import whole
 from hf_lipschitz.nn.rescaling import LARGEST_LOG
 
 
@@ -155,14 +156,14 @@ class TiedParametrization(nn.Module):
                     f"block {self.name}: its layer {name} was replaced by {type(present).__name__}, which breaks the "
                     "tie of the two weights; leave both layers of a block out, e.g. of the target modules of adapters"
                 )
-        weight = self._layers[0].weight
+        weight = whole(self._layers[0].weight)
         return weight.mT if self.inner_is_transposed else weight
 
     def forward(self, free: Tensor) -> Tensor:
         rows = self.rows()
         if rows.is_meta:
             return rows if self.outer_is_transposed else rows.mT
-        root = cpl_root(rows) if self.kind == "cpl" else sll_root(rows, free, self.num_iterations)
+        root = cpl_root(rows) if self.kind == "cpl" else sll_root(rows, whole(free), self.num_iterations)
         root = root.reshape(-1, 1)
         value = -(rows * root) * root
         return value if self.outer_is_transposed else value.mT

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils import parametrize
 
 from hf_lipschitz.functional.layout import WeightLayout
@@ -156,5 +156,15 @@ _serials = itertools.count()
 
 
 def whole(weight: Tensor) -> Tensor:
-    """All of a weight of which this process may hold a shard (FSDP2)."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    """All of a weight of which this process may hold a shard (FSDP2).
+
+    Each process differentiates its own loss, and the shards get the mean of the gradients, as inside the forward.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    mesh = weight.device_mesh
+    gathered = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if gathered.requires_grad:
+        # Their sum is divided here: gloo has no mean.
+        gathered.register_hook(lambda gradient: gradient / mesh.size())
+    return gathered

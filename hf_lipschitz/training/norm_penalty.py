@@ -14,6 +14,7 @@ from hf_lipschitz.functional.weights import norms_and_directions
 from hf_lipschitz.holders import uses_weight_otherwise, weight_layouts
 from hf_lipschitz.matching import Target, matching_names
 from hf_lipschitz.nn.attachment import ConstrainedLayer, constrained_layers
+from hf_lipschitz.nn.constraint import whole
 from hf_lipschitz.training.loss_checks import check_positive
 
 
@@ -100,7 +101,7 @@ def _penalised(model: nn.Module, target: Target, exclude: Target) -> list[Penali
             "constrained with mode='exact': leave the penalty out"
         )
     meant = set(matching_names(model, list(names), target, exclude))
-    return [w for w in found.values() if w.name in meant]
+    return [w._replace(weight=whole(w.weight)) for w in found.values() if w.name in meant]
 
 
 def _trained_weights(model: nn.Module) -> Iterator[PenalisedWeight]:

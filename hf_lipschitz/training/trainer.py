@@ -33,6 +33,7 @@ from hf_lipschitz.training.probe import certified_accuracy_metrics, check_probe,
 from hf_lipschitz.training.randomness import Draws, RestartCallback
 from hf_lipschitz.training.schedule import LipschitzScheduleCallback, schedule_target
 from hf_lipschitz.training.selection import curvature_layers
+from hf_lipschitz.training.sharding import check_sharding, raw_state_dict
 from hf_lipschitz.training.smoothing_losses import consistency, macer, smoothed_cross_entropy
 from hf_lipschitz.training.unit_rows import normalize_head
 
@@ -58,6 +59,10 @@ class LipschitzTrainer(Trainer):
     one large batch. Those three are defined for each micro-batch; `"gauss_newton"` is a mean in expectation. The raw
     weights of constrained layers get no weight decay; their scale is not a property of the function.
 
+    Under FSDP2 (`fsdp=True`) raw weights, gradients and the state of the optimizer are sharded. Each process also
+    keeps a whole copy of each raw weight under a Gram constraint, from which its norm is bounded, and, while
+    evaluating, of the effective ones.
+
     Args:
         model (`PreTrainedModel` or `torch.nn.Module`, *optional*), data_collator, train_dataset, ...:
             As for [`~transformers.Trainer`].
@@ -67,7 +72,8 @@ class LipschitzTrainer(Trainer):
     Raises:
         TypeError: `args` are plain `TrainingArguments`.
         ValueError: the model has no head, block, processor or constrained layer for what is asked, or the launch is
-            neither a single device nor distributed data parallel.
+            neither a single device nor distributed data parallel nor FSDP2, or is FSDP2 with a curvature or
+            with `certified_radii`.
         RuntimeError: while training, a term of the loss is NaN or inf.
 
     Example::
@@ -212,6 +218,25 @@ class LipschitzTrainer(Trainer):
             logs = {**logs, **self._means.take(), **layer_metrics(self.model)}
         super().log(logs, start_time)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        is_full = self.is_fsdp_enabled and "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        with raw_state_dict(self.model) if is_full else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        self._refresh_anew()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._refresh_anew()
+
+    def _refresh_anew(self) -> None:
+        """In every process, as only the first one may have made a state dict, and torch makes an empty step where it
+        saves or loads the optimizer of a sharded model: a resumed run is then the uninterrupted one bit by bit."""
+        for layer in constrained_layers(self.model):
+            layer.parametrization.refresh(anew=True)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         prefixes = tuple(
             f"{layer.name}.parametrizations.{layer.tensor_name}.".removeprefix(".")
@@ -301,8 +326,7 @@ class LipschitzTrainer(Trainer):
         return torch.bfloat16 if self.args.bf16_full_eval else None
 
     def _check_launch(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("LipschitzTrainer needs whole weights on each device: launch without FSDP and DeepSpeed")
+        check_sharding(self)
         if self.args.n_gpu > 1:
             raise ValueError("LipschitzTrainer runs one process a device: launch with torchrun or accelerate launch")
         hooked = [name for name in ("activation_decay", "noise_sigma") if getattr(self.args, name) > 0]

@@ -36,7 +36,10 @@ def steps(model: nn.Module, rank: int = 0, processes: int = 1) -> dict[str, torc
         x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
         shard = x.chunk(processes)[rank]
         optimizer.zero_grad()
-        (-model(shard).square().sum(-1).mean()).backward()
+        loss = -model(shard).square().sum(-1).mean()
+        # A weight that is read outside the forward of its layer, with another gradient in each process.
+        loss = loss + shard.square().mean() * model[2].weight.square().sum()
+        loss.backward()
         optimizer.step()
         for layer in constrained_layers(model):
             worst = torch.maximum(worst, torch.linalg.matrix_norm(layer.effective_weight.double(), 2))

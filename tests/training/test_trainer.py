@@ -305,8 +305,8 @@ def test_what_the_model_lacks_is_an_error_before_training(tmp_path):
 
 def test_launches_that_are_not_covered_are_errors(tmp_path):
     trainer = trainer_for(bert(), tmp_path)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="launch without FSDP and DeepSpeed"):
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="does not work with DeepSpeed"):
         trainer._check_launch()
     trainer = trainer_for(bert(), tmp_path)
     trainer.args._n_gpu = 2
