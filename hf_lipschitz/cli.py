@@ -202,7 +202,7 @@ def certify(
             seed=seed,
         )
         data = load(dataset)
-        where, is_main = {"device": device}, True
+        where, is_main, accelerator = {"device": device}, True, None
         if torch.distributed.is_torchelastic_launched():
             accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
             where, is_main = {"accelerator": accelerator}, accelerator.is_main_process
@@ -213,6 +213,9 @@ def certify(
         if is_main:
             console.print(summarize(certificates, labels))
             console.print(f"written to {output}")
+        if accelerator is not None:
+            # Left to the end of the interpreter, threads of gloo may abort it.
+            accelerator.state.destroy_process_group()
 
 
 @app.command()

@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import transformers
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -214,3 +215,5 @@ def save_merged(model: PeftModel, processor: Any, directory: Path) -> None:
 
 if __name__ == "__main__":
     main()
+    # Left to the end of the interpreter, threads of gloo may abort it.
+    PartialState().destroy_process_group()

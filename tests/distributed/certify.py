@@ -46,6 +46,8 @@ def main(folder: Path, fail: bool) -> None:
     name = f"{accelerator.num_processes}-{accelerator.process_index}.json"
     found = {kind: [certificate.to_dict() for certificate in some] for kind, some in certificates.items()}
     (folder / name).write_text(json.dumps(found))
+    # Left to the end of the interpreter, threads of gloo may abort it.
+    accelerator.state.destroy_process_group()
 
 
 main(Path(sys.argv[1]), fail="fail" in sys.argv)

@@ -63,3 +63,4 @@ if __name__ == "__main__":
     results = {case: step(sys.argv[1], **values) for case, values in CASES.items()}
     results["curvature"] = step(sys.argv[1], **CURVATURE)
     torch.save(results, os.path.join(sys.argv[1], f"rank{os.environ['RANK']}.pt"))
+    torch.distributed.destroy_process_group()

@@ -91,3 +91,4 @@ if __name__ == "__main__":
     results = {case: evaluate(case, sys.argv[1]) for case in CASES}
     results["different"] = different_sets(sys.argv[1])
     torch.save(results, os.path.join(sys.argv[1], f"rank{os.environ['RANK']}.pt"))
+    torch.distributed.destroy_process_group()
