@@ -215,6 +215,7 @@ def certify(
             console.print(f"written to {output}")
         if accelerator is not None:
             # Left to the end of the interpreter, threads of gloo may abort it.
+            accelerator.wait_for_everyone()
             accelerator.state.destroy_process_group()
 
 

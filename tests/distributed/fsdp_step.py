@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_lipschitz import lipschitzify
 from hf_lipschitz.nn.attachment import constrained_layers
+from tests.leaving import leave
 
 
 def build() -> nn.Sequential:
@@ -62,7 +63,7 @@ def main(directory: str) -> None:
     # Saving refreshes the references, two steps after the last time.
     found["saved"], found["after saving"] = whole(state["2.weight"]), whole(model[2].weight)
     torch.save(found, os.path.join(directory, f"rank{rank}.pt"))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

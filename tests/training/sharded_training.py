@@ -26,6 +26,7 @@ from transformers.distributed import DistributedConfig
 from hf_lipschitz import lipschitzify
 from hf_lipschitz.nn.attachment import constrained_layers
 from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
+from tests.leaving import leave
 
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -181,8 +182,7 @@ def main(directory: Path) -> None:
     found["loaded"] = loaded_sharded(directory)
     found["refusals"] = refusals(directory)
     torch.save(found, directory / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from scipy import stats
 from torch.utils.data import BatchSampler, DataLoader
 
 from hf_lipschitz.training.example_draws import ExampleDraws
+from tests.leaving import leave
 
 
 EXAMPLES, BATCH = 38, 12
@@ -213,4 +214,4 @@ def test_errors_name_what_is_wrong():
 if __name__ == "__main__":
     results = {(way, accumulation): loaded(way, BATCH, accumulation) for way in WAYS for accumulation in (1, 3)}
     torch.save(results, os.path.join(sys.argv[1], f"rank{os.environ['RANK']}.pt"))
-    torch.distributed.destroy_process_group()
+    leave()
