@@ -15,7 +15,7 @@ import hf_lipschitz
 from hf_lipschitz.conversion import lipschitzify
 from hf_lipschitz.dataset_certification import certify_dataset
 from tests.families import vit
-from tests.leaving import leave
+from tests.processes import leave
 
 
 def main(folder: Path, fail: bool) -> None:

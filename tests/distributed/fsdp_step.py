@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_lipschitz import lipschitzify
 from hf_lipschitz.nn.attachment import constrained_layers
-from tests.leaving import leave
+from tests.processes import leave
 
 
 def build() -> nn.Sequential:

@@ -9,7 +9,7 @@ from transformers import ViTImageProcessor
 
 from hf_lipschitz import lipschitzify
 from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
-from tests.leaving import leave
+from tests.processes import leave
 
 
 PROCESSOR = ViTImageProcessor(image_std=[0.5, 0.2, 0.1])

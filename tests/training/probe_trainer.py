@@ -10,7 +10,7 @@ from transformers import ViTImageProcessor
 from hf_lipschitz import lipschitzify
 from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
 from hf_lipschitz.training.probe import certified_accuracy_metrics, probe_batches, probe_certificates
-from tests.leaving import leave
+from tests.processes import leave
 
 
 CASES = {"image": vit, "text": bert}

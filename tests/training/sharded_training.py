@@ -26,7 +26,7 @@ from transformers.distributed import DistributedConfig
 from hf_lipschitz import lipschitzify
 from hf_lipschitz.nn.attachment import constrained_layers
 from hf_lipschitz.training import LipschitzTrainer, LipschitzTrainingArguments
-from tests.leaving import leave
+from tests.processes import leave
 
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))

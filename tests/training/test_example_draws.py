@@ -1,5 +1,4 @@
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +12,7 @@ from scipy import stats
 from torch.utils.data import BatchSampler, DataLoader
 
 from hf_lipschitz.training.example_draws import ExampleDraws
-from tests.leaving import leave
+from tests.processes import leave, on_two_processes
 
 
 EXAMPLES, BATCH = 38, 12
@@ -98,14 +97,7 @@ def loaded(way, batch_size, accumulation):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("draws")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [*command, __file__, str(directory)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+    return on_two_processes(__file__, tmp_path_factory.mktemp("draws"))
 
 
 @pytest.mark.slow

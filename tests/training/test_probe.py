@@ -1,7 +1,4 @@
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +33,7 @@ from hf_lipschitz.training.probe import (
     probe_batches,
     probe_certificates,
 )
+from tests.processes import on_two_processes
 
 
 SCRIPT = Path(__file__).with_name("probe_trainer.py")
@@ -271,14 +269,7 @@ def test_a_model_that_cannot_be_certified_is_an_error_before_training(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("probing")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(directory)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+    return on_two_processes(SCRIPT, tmp_path_factory.mktemp("probing"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,11 +1,10 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_step import CASES, step
+
+from tests.processes import on_two_processes
 
 
 # Rounded, or of the clock, or of the gradient before it is averaged.
@@ -16,14 +15,7 @@ SCRIPT = Path(__file__).with_name("distributed_step.py")
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of two real processes has after the step."""
-    directory = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(directory)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+    return on_two_processes(SCRIPT, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,35 +14,22 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_lipschitz import lipschitzify
 from hf_lipschitz.training.sharding import check_sharding
+from tests.processes import on_two_processes
 
 
 SCRIPT = Path(__file__).with_name("sharded_training.py")
-PROCESSES = 2
 STATE_DICT_TYPES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two real processes have trained."""
-    directory = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    # Without a GPU in sight FSDP2 shards on the CPU.
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(directory)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return directory
+    return tmp_path_factory.mktemp("sharded")
 
 
 @pytest.fixture(scope="module")
 def found(directory: Path) -> list[dict[str, Any]]:
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(PROCESSES)]
+    """What two real processes have after training."""
+    return on_two_processes(SCRIPT, directory)
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
